@@ -1,0 +1,115 @@
+"""sync, fracture, restore, wait: what is done with the clones of a group."""
+
+from pathlib import Path
+
+import click
+
+from clonefs.cli import tree
+from clonefs.cli.arguments import path as path_type
+from clonefs.cli.waiting import STATES, wait_for
+from clonefs.errors import invalid
+
+_CLONE = "MOUNTPOINT/GROUP/CLONE"
+_wait_option = click.option(
+    "--wait", "wait_too", is_flag=True, help="Return only when the copy is complete."
+)
+
+
+@click.command()
+@click.argument("clone", metavar=_CLONE, type=path_type)
+@click.option(
+    "--then-fracture", is_flag=True, help="Split the clone off again when it equals the Source."
+)
+@_wait_option
+def sync(clone: Path, then_fracture: bool, wait_too: bool) -> None:
+    """Copy to a clone what has changed since it was fractured.
+
+    The clone is mirrored from now on, and is no point-in-time copy until it is fractured again.
+
+    \b
+    Example, a fresh copy every night:
+      clonefs sync --then-fracture --wait /mnt/payroll/nightly
+    """
+    place = tree.clone_at(clone)
+    tree.command(place, "sync", "then-fracture" if then_fracture else "1")
+    if wait_too:
+        wait_for(place, wanted="fractured" if then_fracture else None)
+
+
+@click.command()
+@click.argument("clones", metavar=f"{_CLONE}...", nargs=-1, required=True, type=path_type)
+@click.option(
+    "--force", is_flag=True, help="Break off a restore from this clone: the Source stays mixed."
+)
+def fracture(clones: tuple[Path, ...], force: bool) -> None:
+    """Split clones off from their Sources.
+
+    A clone that is synchronized becomes a complete point-in-time copy. Several clones of one mount,
+    of the same or of different groups, are split off at one and the same instant.
+
+    \b
+    Example, data and log of a database as they were together:
+      clonefs fracture /mnt/data/nightly /mnt/log/nightly
+    """
+    places = list(dict.fromkeys(map(tree.clone_at, clones)))
+    if len(places) == 1:
+        tree.command(places[0], "fracture", "force" if force else "1")
+    elif force:
+        raise click.UsageError("--force takes one clone at a time")
+    else:
+        _fracture_together(places)
+
+
+def _fracture_together(places: list[tree.Place]) -> None:
+    first, *others = places
+    for other in others:
+        if other.mountpoint != first.mountpoint:
+            raise invalid(
+                f"{first} and {other} are in different mounts: "
+                "only clones of one mount can be fractured at one instant"
+            )
+    words = ["/".join(place.names) for place in places]
+    tree.command(tree.Place(first.mountpoint), "fracture", *words)
+
+
+@click.command()
+@click.argument("clone", metavar=_CLONE, type=path_type)
+@_wait_option
+def restore(clone: Path, wait_too: bool) -> None:
+    """Make the Source what the clone is, at once.
+
+    When this returns, the Source shows the clone's data, whatever the size; the copying goes on in
+    the background while the Source is read and written. The clone itself never changes, so that it
+    can be restored from again. Stop whatever has the Source's old data in memory first: unmount the
+    file system on it, or stop the database.
+
+    \b
+    Example:
+      clonefs restore /mnt/payroll/nightly
+    """
+    place = tree.clone_at(clone)
+    tree.command(place, "protected_restore", "1")
+    if wait_too:
+        wait_for(place)
+
+
+@click.command()
+@click.argument("clone", metavar=_CLONE, type=path_type)
+@click.option("--state", type=click.Choice(STATES), help="Wait until the clone is in this state.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="Give up, with exit status 1, after this time.",
+)
+def wait(clone: Path, state: str | None, timeout: float | None) -> None:
+    """Wait until the running copy of a clone is done, or it has reached a state.
+
+    It returns at once when nothing is being copied. The exit status is 1 when the copy cannot
+    complete: the clone is out-of-sync, say, or waits for somebody to act.
+
+    \b
+    Example:
+      clonefs wait --state synchronized --timeout 3600 /mnt/payroll/nightly
+    """
+    wait_for(tree.clone_at(clone), wanted=state, timeout_s=timeout)

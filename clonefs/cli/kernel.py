@@ -1,0 +1,136 @@
+"""What the kernel knows of mounts and loop devices, and how to take a mount away.
+
+It asks /proc and /sys and calls umount or fusermount3. It must never look at a path through a mount
+to find out whether it is mounted: a dead mount answers nothing.
+"""
+
+import errno
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from clonefs.errors import ClonefsError, busy, failed, missing
+
+FSTYPE = "fuse.clonefs"
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_BLOCK_DEVICES = Path("/sys/block")
+_GONE = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
+
+
+@dataclass(frozen=True)
+class MountEntry:
+    """One line of the mount table."""
+
+    device: str
+    root: str
+    mountpoint: Path
+    fstype: str
+
+
+def mounts() -> list[MountEntry]:
+    """The mount table: what is mounted later stands later."""
+    lines = os.fsdecode(_MOUNTINFO.read_bytes()).splitlines()
+    return [_entry(line) for line in lines]
+
+
+def _entry(line: str) -> MountEntry:
+    place, _, kind = line.partition(" - ")
+    _, _, device, root, mountpoint, *_ = place.split(" ")
+    fstype, *_ = kind.split(" ")
+    return MountEntry(device, _unescape(root), Path(_unescape(mountpoint)), _unescape(fstype))
+
+
+def _unescape(field: str) -> str:
+    """The kernel writes a blank, a tab, a newline and a backslash as octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def clonefs_mountpoints() -> list[Path]:
+    """Where clonefs is mounted; of several bind mounts of one, the first."""
+    first: dict[str, Path] = {}
+    for entry in mounts():
+        if entry.fstype == FSTYPE and entry.root == "/":
+            first.setdefault(entry.device, entry.mountpoint)
+    return list(first.values())
+
+
+def topmost(mountpoint: Path) -> MountEntry | None:
+    """What is mounted at this very path, which is absolute and without symbolic links."""
+    return next((entry for entry in reversed(mounts()) if entry.mountpoint == mountpoint), None)
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Whether a FUSE mount is here whose daemon is no more.
+
+    statvfs always asks the daemon; stat may be answered from the kernel's cache for minutes after.
+    """
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno in _GONE
+    return False
+
+
+def unmount(mountpoint: Path) -> None:
+    """Unmount. Raises ClonefsError, EBUSY with what to do if the mount is in use."""
+    result = _run(
+        # -i: a helper for this file system type would call the command that calls this.
+        ["umount", "-i", str(mountpoint)] if _is_root() else ["fusermount3", "-u", str(mountpoint)]
+    )
+    if result.returncode != 0:
+        raise _in_use(mountpoint) if "busy" in result.stderr else _unmountable(mountpoint, result)
+
+
+def detach(mountpoint: Path) -> None:
+    """Take away a mount whose daemon is dead, even if something still holds files of it open."""
+    path = str(mountpoint)
+    result = _run(["umount", "-i", "-l", path] if _is_root() else ["fusermount3", "-u", "-z", path])
+    if result.returncode != 0:
+        raise _unmountable(mountpoint, result)
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=os.environ | {"LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise missing(f"the command {command[0]} is not installed") from None
+
+
+def _unmountable(mountpoint: Path, result: subprocess.CompletedProcess[str]) -> ClonefsError:
+    why = result.stderr.strip() or f"exit status {result.returncode}"
+    return failed(f"{mountpoint} cannot be unmounted: {why}")
+
+
+def _in_use(mountpoint: Path) -> ClonefsError:
+    advice = f"close the files below it (fuser -vm {mountpoint} shows who has them open)"
+    devices = " ".join(loop_devices_below(mountpoint))
+    if devices:
+        advice += f", and detach the loop devices on them (losetup -d {devices})"
+    return busy(f"{mountpoint} is in use: {advice}")
+
+
+def loop_devices_below(mountpoint: Path) -> list[str]:
+    """The loop devices whose backing file is in this mount."""
+    found = []
+    for attribute in sorted(_BLOCK_DEVICES.glob("loop*/loop/backing_file")):
+        try:
+            backing = Path(os.fsdecode(attribute.read_bytes()).rstrip("\n"))
+        except OSError:
+            continue  # detached since
+        if backing.is_relative_to(mountpoint):
+            found.append(f"/dev/{attribute.parent.parent.name}")
+    return found

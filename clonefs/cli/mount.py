@@ -1,0 +1,142 @@
+"""mount and umount: start the daemon, and wait until it has put everything on disk.
+
+Both make a promise about the moment they return. mount: the tree can be used. umount: the volume is
+closed, and was closed cleanly. The daemon itself is in clonefs.fuse, and is imported only in the
+process that becomes it.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+
+from clonefs.cli import background, kernel, tree
+from clonefs.cli.arguments import path as path_type
+from clonefs.errors import ClonefsError, busy, failed, invalid, missing
+
+
+@click.command()
+@click.argument("meta", type=path_type)
+@click.argument("mountpoint", type=path_type)
+@click.option(
+    "-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas."
+)
+@click.option("-f", "foreground", is_flag=True, help="Stay in front, and log to standard error.")
+def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bool) -> None:
+    """Mount the metadata volume META at the directory MOUNTPOINT.
+
+    It returns once the tree is there, and the daemon goes on in the background and logs to syslog.
+    After a crash the mount recovers by itself. A mount that a killed daemon has left behind is
+    taken away first.
+
+    \b
+    Example:
+      clonefs mount /var/lib/clonefs.meta /mnt
+      clonefs mount /var/lib/clonefs.meta /mnt -o allow_other,uid=1000
+    """
+    where = Path(os.path.realpath(mountpoint))
+    _prepare(where)
+    job = partial(_serve, meta.absolute(), where, ",".join(filter(None, options)))
+    if foreground:
+        background.log_to_terminal()
+        job(lambda: None)
+    else:
+        _check_tree(where, background.start(job))
+
+
+def _serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], None]) -> None:
+    from clonefs.fuse.daemon import serve
+
+    serve(meta, mountpoint, options, on_ready)
+
+
+def _prepare(mountpoint: Path) -> None:
+    """Make sure that this is a directory to mount on."""
+    while kernel.is_dead(mountpoint):
+        _detach_dead(mountpoint)
+    if not mountpoint.exists():
+        raise missing(f"there is no directory {mountpoint} to mount on: make it first")
+    if not mountpoint.is_dir():
+        raise invalid(f"{mountpoint} is not a directory to mount on")
+    there = kernel.topmost(mountpoint)
+    if there is not None and there.fstype == kernel.FSTYPE:
+        raise busy(f"clonefs is mounted at {mountpoint} already")
+
+
+def _detach_dead(mountpoint: Path) -> None:
+    there = kernel.topmost(mountpoint)
+    if there is None or there.fstype != kernel.FSTYPE:
+        kind = "the file system" if there is None else f"the {there.fstype} mount"
+        raise failed(f"{kind} at {mountpoint} is dead, and is not clonefs: unmount it first")
+    kernel.detach(mountpoint)
+
+
+def _check_tree(mountpoint: Path, daemon: background.Daemon) -> None:
+    """The daemon says that it is ready: see for ourselves, as whoever comes next will."""
+    try:
+        mountpoint.joinpath(tree.CONTROL, tree.STATUS).stat()
+    except OSError as error:
+        if kernel.is_dead(mountpoint):
+            raise failed(f"{daemon.how_it_ended()} as soon as it had mounted") from error
+        raise failed(f"{mountpoint} is mounted, but shows no tree: {error.strerror}") from error
+
+
+@click.command()
+@click.argument("mountpoint", type=path_type)
+def umount(mountpoint: Path) -> None:
+    """Unmount MOUNTPOINT, and return once everything is on disk.
+
+    A copy that is running goes on at the next mount. A mount whose daemon has died is taken away.
+    """
+    where = Path(os.path.realpath(mountpoint))
+    there = kernel.topmost(where)
+    if there is None or there.fstype != kernel.FSTYPE:
+        raise invalid(f"{mountpoint} is not the mount point of a clonefs mount")
+    if kernel.is_dead(where):
+        kernel.detach(where)
+        click.echo(f"clonefs: the daemon of {where} had died; the next mount recovers", err=True)
+        return
+    volume = Path(tree.report(tree.mount_at(where))["volume"]["path"])
+    kernel.unmount(where)
+    _check_unmounted_everywhere(there)
+    _wait_until_released(volume)
+    _check_closed_cleanly(volume)
+
+
+def _check_unmounted_everywhere(gone: kernel.MountEntry) -> None:
+    """A bind mount keeps the daemon going: to wait for its end would be to wait for ever."""
+    for entry in kernel.mounts():
+        if entry.device == gone.device and entry.fstype == gone.fstype:
+            raise busy(
+                f"{gone.mountpoint} is unmounted, but the daemon goes on for the mount at "
+                f"{entry.mountpoint}: unmount that too"
+            )
+
+
+def _wait_until_released(volume: Path) -> None:
+    """The daemon has an exclusive lock on its volume until the last of its writes is on disk."""
+    try:
+        with volume.open("rb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as error:
+        raise _unknown(volume, error.strerror or str(error)) from error
+
+
+def _check_closed_cleanly(volume: Path) -> None:
+    from clonefs.volume import was_closed_cleanly
+
+    try:
+        clean = was_closed_cleanly(volume)
+    except ClonefsError as error:
+        raise _unknown(volume, error.reason) from error
+    if not clean:
+        raise failed(
+            f"the daemon could not write everything out to {volume}: the next mount recovers"
+        )
+
+
+def _unknown(volume: Path, why: str) -> ClonefsError:
+    return failed(f"unmounted, but whether {volume} was closed cleanly cannot be seen: {why}")

@@ -1,0 +1,129 @@
+"""Waiting for a copy: look, judge, sleep, look again.
+
+`judge` decides from one look, without a clock or a file. The rest only reads the clone's control
+files. A wait must end: a state that a running copy can no longer leave is a failure with a reason,
+never a reason to wait for ever.
+"""
+
+import errno
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from clonefs.cli import tree
+from clonefs.cli.progress import Bar, progress_bar
+from clonefs.errors import ClonefsError, failed
+
+COPYING = frozenset({"synchronizing", "restoring", "reverse-synchronizing"})
+SETTLED = frozenset({"synchronized", "fractured"})
+BROKEN = frozenset({"out-of-sync", "reverse-out-of-sync"})
+STATES = (
+    "synchronizing",
+    "synchronized",
+    "fractured",
+    "out-of-sync",
+    "restoring",
+    "reverse-synchronizing",
+    "reverse-out-of-sync",
+)
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True)
+class View:
+    """What one look at a clone shows."""
+
+    state: str
+    condition: str
+    done: int
+    total: int
+
+
+class Verdict(Enum):
+    """What a look means for somebody who waits."""
+
+    DONE = auto()
+    GO_ON = auto()
+    HOPELESS = auto()
+
+
+def judge(view: View, wanted: str | None) -> Verdict:
+    """Whether the state `wanted` is reached; without one, whether the copy is done."""
+    if view.state == wanted or (wanted is None and view.state in SETTLED):
+        return Verdict.DONE
+    if view.state in BROKEN or view.condition == "waiting":
+        return Verdict.HOPELESS
+    return Verdict.GO_ON
+
+
+def wait_for(
+    clone: tree.Place, *, wanted: str | None = None, timeout_s: float | None = None
+) -> None:
+    """Return when the copy is done or `wanted` is reached. Raises ClonefsError if it cannot be."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with progress_bar(str(clone)) as bar:
+        faults = _FaultNotice(clone, bar)
+        for pause in _pauses():
+            view = _look(clone)
+            bar.show(view.state, view.done, view.total)
+            verdict = judge(view, wanted)
+            if verdict is Verdict.DONE:
+                return
+            if verdict is Verdict.HOPELESS:
+                raise _hopeless(clone, view)
+            faults.see(view)
+            time.sleep(min(pause, _time_left_s(clone, view, deadline)))
+
+
+def _look(clone: tree.Place) -> View:
+    state = tree.value(clone, "state")
+    condition = tree.value(clone, "condition")
+    # Read last: a bar for a state that says done must not stand still at 99%.
+    done, _, total = tree.value(clone, "progress").partition("/")
+    return View(state, condition, int(done), int(total))
+
+
+def _pauses() -> Iterator[float]:
+    pause = _FIRST_PAUSE_S
+    while True:
+        yield pause
+        pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+
+
+def _time_left_s(clone: tree.Place, view: View, deadline: float | None) -> float:
+    """How long is left until the deadline. Raises ClonefsError (ETIMEDOUT) when it is past."""
+    if deadline is None:
+        return math.inf
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise ClonefsError(
+            errno.ETIMEDOUT,
+            f"{clone} is still {view.state}, {view.done} of {view.total} extents copied: "
+            "the time is up",
+        )
+    return left_s
+
+
+def _hopeless(clone: tree.Place, view: View) -> ClonefsError:
+    what = view.state if view.state in BROKEN else f"{view.state}, and waits for somebody to act"
+    why = tree.reason(clone)
+    return failed(f"{clone} is {what}: {why}" if why else f"{clone} is {what}")
+
+
+class _FaultNotice:
+    """Says once that a clone is faulted: the engines try again, so the wait goes on."""
+
+    def __init__(self, clone: tree.Place, bar: Bar) -> None:
+        self._clone = clone
+        self._bar = bar
+        self._said = False
+
+    def see(self, view: View) -> None:
+        if view.condition == "faulted" and not self._said:
+            self._said = True
+            why = tree.reason(self._clone) or "its backing fails"
+            self._bar.say(f"clonefs: {self._clone} is faulted, and is tried again: {why}")

@@ -1,0 +1,252 @@
+"""Host I/O: what a read, a write and a flush of an LU file do.
+
+Each has two parts. `..._now` does the whole request in one step if it needs no waiting, and is as
+short as a bare pass-through; None or False says that nothing has happened, and that the other part,
+which may wait, has to do it.
+"""
+
+import errno
+from typing import Protocol
+
+from clonefs.engines.cod import CodEngine
+from clonefs.engines.server import GroupServer
+from clonefs.errors import ClonefsError, busy
+from clonefs.group import MIRRORED, Obstacle, Route, WriteTicket, transitions
+from clonefs.units import Buffer, LogicalUnit
+from clonefs.volume import CloneState
+
+
+class HostLu(Protocol):
+    """An LU as hosts use it. Offsets and lengths are bytes and lie within `size`."""
+
+    size: int
+
+    def writable(self) -> bool:
+        """Whether the state allows writing now."""
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """The bytes, or None if they are not to be had without waiting."""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes. Raises ClonefsError."""
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write, or False if that cannot be done without waiting."""
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write. Raises ClonefsError."""
+
+    async def flush(self) -> None:
+        """All writes that were acknowledged survive a power cut. Raises ClonefsError."""
+
+    def allocated(self) -> int:
+        """Bytes that the backing really holds."""
+
+    def refuse_write(self) -> ClonefsError:
+        """Why the state does not allow writing."""
+
+
+class SourceLu:
+    """The Source of a group, in every state."""
+
+    def __init__(self, server: GroupServer, cod: CodEngine) -> None:
+        self._server = server
+        self._group = server.group
+        self._gate = server.gate
+        self._unit = server.source
+        self._cod = cod
+        self.size = server.group.geometry.size
+
+    def writable(self) -> bool:
+        return True
+
+    def refuse_write(self) -> ClonefsError:
+        raise AssertionError("a Source can be written in every state")
+
+    def allocated(self) -> int:
+        return self._unit.allocated()
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        if self._gate.held:
+            return None
+        group = self._group
+        if (
+            group.restoring is not None
+            and group.next_pending(*group.geometry.extents_of(offset, length)) >= 0
+        ):
+            return None
+        return self._unit.read_now(offset, length)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        await self._gate.enter()
+        try:
+            return await self._read(offset, length)
+        finally:
+            self._gate.leave()
+
+    async def _read(self, offset: int, length: int) -> Buffer:
+        geometry = self._group.geometry
+        pieces: list[Buffer] = []
+        end = offset + length
+        while offset < end:
+            first, stop = geometry.extents_of(offset, end - offset)
+            route, until, claim = self._group.route_read(first, stop)
+            piece = min(until << geometry.shift, end) - offset
+            if claim is not None:
+                pieces.append(await self._cod.read(claim, offset, piece))
+            elif route is Route.SOURCE:
+                pieces.append(await _read(self._unit, offset, piece))
+            else:
+                assert self._group.restoring is not None
+                clone = self._server.unit(self._group.restoring)
+                pieces.append(await _read(clone, offset, piece))
+            offset += piece
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        return (
+            not self._gate.held
+            and self._group.admit_simple_write(offset, len(data))
+            and self._unit.write_now(offset, data)
+        )
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        await self._gate.enter()
+        try:
+            if self._group.admit_simple_write(offset, len(data)):
+                await _write(self._unit, offset, data)
+            else:
+                await self._carry_out(await self._admit(offset, len(data)), data)
+        finally:
+            self._gate.leave()
+
+    async def _admit(self, offset: int, length: int) -> WriteTicket:
+        """Wait in the COD Queue until the write may begin."""
+        while True:
+            outcome = self._group.admit_write(offset, length)
+            if isinstance(outcome, WriteTicket):
+                return outcome
+            if outcome is Obstacle.PENDING:
+                await self._cod.complete_ends(offset, length)
+            else:
+                with self._cod.queued("write", offset, length):
+                    await self._server.progress()
+
+    async def _carry_out(self, ticket: WriteTicket, data: Buffer) -> None:
+        """Write to the Source, then to each mirrored clone. A clone that fails is split off, and
+        the host's write succeeds all the same."""
+        written = False
+        unequal = [clone.name for clone in ticket.mirrors]
+        failures: list[tuple[str, ClonefsError]] = []
+        try:
+            await _write(self._unit, ticket.offset, data)
+            written = True
+            for clone in ticket.mirrors:
+                try:
+                    await _write(self._server.unit(clone), ticket.offset, data)
+                    unequal.remove(clone.name)
+                except ClonefsError as error:
+                    failures.append((clone.name, error))
+        finally:
+            self._group.end_write(ticket, written=written, unequal=unequal)
+            self._server.wake()
+            if not written:
+                await self._server.no_longer_equal()
+        for name, failure in failures:
+            await self._server.split_off(name, failure)
+
+    async def flush(self) -> None:
+        await self._gate.enter()
+        try:
+            await self._unit.flush()
+            for clone in self._group.mirrored:
+                try:
+                    await self._server.unit(clone).flush()
+                except ClonefsError as error:
+                    await self._server.split_off(clone.name, error)
+        finally:
+            self._gate.leave()
+
+
+class CloneLu:
+    """A clone: it can always be read, and written while it is fractured."""
+
+    def __init__(self, server: GroupServer, name: str) -> None:
+        self._server = server
+        self._group = server.group
+        self._gate = server.gate
+        self._unit = server.units[name]
+        self._name = name
+        self.size = server.group.geometry.size
+
+    def writable(self) -> bool:
+        clone = self._group.clones.get(self._name)
+        return clone is not None and clone.state is CloneState.FRACTURED
+
+    def refuse_write(self) -> ClonefsError:
+        clone = self._group.clones.get(self._name)
+        state = "removed" if clone is None else clone.state
+        return busy(
+            f"{self._server.name}/{self._name} is {state}: a clone can be written to only while it "
+            f"is fractured"
+        )
+
+    def allocated(self) -> int:
+        return self._unit.allocated()
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        return self._unit.read_now(offset, length)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return await self._unit.read(offset, length)
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        clone = self._group.clones.get(self._name)
+        if (
+            self._gate.held
+            or clone is None
+            or clone.state is not CloneState.FRACTURED
+            or not clone.record.written
+        ):
+            return False
+        self._group.mark_clone_write(clone, offset, len(data))
+        return self._unit.write_now(offset, data)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        await self._gate.enter()
+        try:
+            if not self.writable():
+                raise self.refuse_write()
+            if not self._group.clones[self._name].record.written:
+                await self._server.change(lambda group: transitions.written(group, self._name))
+            self._group.mark_clone_write(self._group.clones[self._name], offset, len(data))
+            await _write(self._unit, offset, data)
+        finally:
+            self._gate.leave()
+
+    async def flush(self) -> None:
+        await self._gate.enter()
+        try:
+            await self._unit.flush()
+        except ClonefsError as error:
+            clone = self._group.clones.get(self._name)
+            if clone is not None and clone.state in MIRRORED:
+                await self._server.split_off(self._name, error)
+            raise
+        finally:
+            self._gate.leave()
+
+
+async def _read(unit: LogicalUnit, offset: int, length: int) -> Buffer:
+    data = unit.read_now(offset, length)
+    return await unit.read(offset, length) if data is None else data
+
+
+async def _write(unit: LogicalUnit, offset: int, data: Buffer) -> None:
+    if not unit.write_now(offset, data):
+        await unit.write(offset, data)
+
+
+def past_the_end(size: int) -> ClonefsError:
+    """ENOSPC: a write past the end of an LU of `size` bytes."""
+    return ClonefsError(errno.ENOSPC, f"a write past the end of an LU of {size} bytes")

@@ -1,0 +1,54 @@
+"""Commits: the one way by which the record changes.
+
+A change is a function from a group's record to its next one. It is committed first and adopted
+after; and it is applied again to the record as it is then, since a clone that failed meanwhile has
+been split off at once and must stay so.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from clonefs.group import CloneGroup
+from clonefs.volume import GroupRecord, MetadataVolume, Record
+
+Change = Callable[[GroupRecord], GroupRecord]
+Blocking = Callable[[Callable[[], None]], Awaitable[None]]
+
+
+async def in_thread(work: Callable[[], None]) -> None:
+    """Run what blocks in a thread."""
+    await trio.to_thread.run_sync(work)
+
+
+class Recorder:
+    """Commits records to `volume`, one at a time; `blocking` runs what blocks."""
+
+    def __init__(self, volume: MetadataVolume, blocking: Blocking = in_thread) -> None:
+        self.volume = volume
+        self._blocking = blocking
+        self._lock = trio.Lock()
+
+    async def commit(self, change: Callable[[Record], Record]) -> None:
+        """Commit what `change` makes of the record. Raises ClonefsError: nothing has changed."""
+        async with self._lock:
+            record = change(self.volume.record)
+            if record != self.volume.record:
+                await self._blocking(lambda: self.volume.commit(record))
+
+    async def close(self, *, clean: bool) -> None:
+        """Close the volume; see MetadataVolume.close."""
+        async with self._lock:
+            await self._blocking(lambda: self.volume.close(clean=clean))
+
+    async def change(self, *changes: tuple[CloneGroup, Change]) -> None:
+        """Change several groups in one record: after a crash all of it is there, or nothing."""
+
+        def apply(record: Record) -> Record:
+            for group, change in changes:
+                record = record.with_group(change(group.record))
+            return record
+
+        await self.commit(apply)
+        for group, change in changes:
+            group.adopt(change(group.record))

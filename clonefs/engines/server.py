@@ -1,0 +1,153 @@
+"""A Clone Group at work: the group, the units under it, and the tasks that wait.
+
+The group decides, the units move bytes; this module ties them together and has what both engines
+and host I/O need: who is woken when, and how a clone that fails is split off.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from clonefs.engines.gate import Gate
+from clonefs.engines.recorder import Change, Recorder
+from clonefs.errors import ClonefsError
+from clonefs.group import MIRRORED, Clone, CloneGroup, transitions
+from clonefs.units import LogicalUnit
+from clonefs.volume import CloneState, GroupRecord
+
+OnChange = Callable[[GroupRecord, GroupRecord], None]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class CopyCounts:
+    """Extents copied since the running copy began, or since the mount."""
+
+    sync: int = 0
+    cod: int = 0
+
+
+class GroupServer:
+    """One group of the mount. `wall_clock` gives seconds since the epoch."""
+
+    def __init__(
+        self,
+        group: CloneGroup,
+        source: LogicalUnit,
+        clones: dict[str, LogicalUnit],
+        recorder: Recorder,
+        wall_clock: Callable[[], float],
+        on_change: OnChange,
+    ) -> None:
+        self.group = group
+        self.source = source
+        self.units = clones
+        self.recorder = recorder
+        self.gate = Gate()
+        self.commands = trio.Lock()
+        self.counts = CopyCounts()
+        self.faults: dict[str, str] = {}
+        self._wall_clock = wall_clock
+        self._on_change = on_change
+        self._progress = trio.lowlevel.ParkingLot()
+
+    @property
+    def name(self) -> str:
+        """The group's name."""
+        return self.group.record.name
+
+    def now(self) -> float:
+        """Seconds since the epoch."""
+        return self._wall_clock()
+
+    def unit(self, clone: Clone) -> LogicalUnit:
+        """The unit under a clone."""
+        return self.units[clone.name]
+
+    # Waiting
+
+    async def progress(self) -> None:
+        """Wait until a copy or a mirrored write has ended, or the state has changed.
+
+        Who waits looks again at what it waits for: what ended may have failed (L3).
+        """
+        await self._progress.park()
+
+    def wake(self) -> None:
+        """A copy or a mirrored write has ended, or the state has changed."""
+        self._progress.unpark_all()
+        self.gate.stir()
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """The group with no request inside and nothing being copied, while the body runs."""
+        async with self.gate.hold(self.group.scoreboard):
+            yield
+        self.wake()
+
+    # Changes of the record
+
+    async def change(self, change: Change) -> None:
+        """Commit a change of this group's record, and adopt it."""
+        await self.change_together((self, change))
+
+    @staticmethod
+    async def change_together(*changes: "tuple[GroupServer, Change]") -> None:
+        """The same for several groups, in one record."""
+        before = [server.group.record for server, _ in changes]
+        recorder = changes[0][0].recorder
+        await recorder.change(*((server.group, change) for server, change in changes))
+        for (server, _), record in zip(changes, before, strict=True):
+            server._changed(record)
+
+    def _changed(self, before: GroupRecord) -> None:
+        self._on_change(before, self.group.record)
+        self.wake()
+
+    # Failures
+
+    async def split_off(self, name: str, error: ClonefsError) -> None:
+        """Split a mirrored clone off that has failed: at once, and then for good in the record."""
+        clone = self.group.clones.get(name)
+        if clone is None or clone.state not in MIRRORED:
+            return
+        log.error("%s/%s is split off: %s", self.name, name, error.reason)
+        before = self.group.record
+        record = transitions.split_off_failed(before, name, reason=error.reason, now=self.now())
+        self.group.split_off(record, name)
+        self._changed(before)
+        await self._commit_as_it_is()
+
+    async def no_longer_equal(self) -> None:
+        """A write to the Source failed: mirrored clones that were equal may differ, and are copied
+        to again."""
+        before = record = self.group.record
+        for clone in self.group.mirrored:
+            if clone.state is CloneState.SYNCHRONIZED and clone.delta.count:
+                record = transitions.no_longer_equal(record, clone.name, clone.delta.count)
+        if record is not before:
+            self.group.adopt(record)
+            self._changed(before)
+            await self._commit_as_it_is()
+
+    async def _commit_as_it_is(self) -> None:
+        """The state has changed already. If it cannot be recorded, the live maps still have every
+        difference, so nothing is lost; the volume says what is wrong at the next command."""
+        try:
+            await self.change(lambda record: record)
+        except ClonefsError as error:
+            log.error("%s: %s", self.name, error.reason)
+
+    def fault(self, name: str, reason: str) -> None:
+        """Something that stops the running copy of a clone; it goes on to be tried."""
+        if self.faults.get(name) != reason:
+            log.error("%s/%s: %s", self.name, name, reason)
+        self.faults[name] = reason
+
+    def mended(self, name: str) -> None:
+        """The copy of the clone goes on without faults."""
+        self.faults.pop(name, None)

@@ -1,0 +1,136 @@
+"""What can be seen of a group from outside, frozen at one instant.
+
+Status files, the table and status.json are made of this and of nothing else.
+"""
+
+from dataclasses import dataclass
+
+from clonefs.engines.server import GroupServer
+from clonefs.engines.transfers import Transfers
+from clonefs.group import Clone
+from clonefs.units import MissingUnit
+from clonefs.volume import CloneState
+
+
+@dataclass(frozen=True, slots=True)
+class CloneStatistics:
+    """A clone. Counts are extents, `rate` bytes a second (None: no limit), times seconds since the
+    epoch."""
+
+    name: str
+    state: str
+    condition: str
+    error: str | None
+    backing: str
+    delta_extents: int
+    done: int
+    total: int
+    rate: int | None
+    fractured_at: float | None
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreStatistics:
+    """A restore that is running. Counts are extents; `cod_queue` is requests."""
+
+    clone: str
+    protected: bool
+    pending: int
+    protected_extents: int
+    sync_copies: int
+    cod_copies: int
+    cod_queue: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
+    """A group. `size` and `extent_size` are bytes."""
+
+    name: str
+    state: str
+    error: str | None
+    backing: str
+    size: int
+    extent_size: int
+    extents: int
+    restore: RestoreStatistics | None
+    clones: tuple[CloneStatistics, ...]
+
+
+def statistics(server: GroupServer, transfers: Transfers) -> GroupStatistics:
+    """The group of `server` as it is now."""
+    group = server.group
+    missing = server.source if isinstance(server.source, MissingUnit) else None
+    return GroupStatistics(
+        name=server.name,
+        state="normal" if missing is None else "faulted",
+        error=None if missing is None else missing.reason,
+        backing=group.record.backing,
+        size=group.geometry.size,
+        extent_size=group.geometry.extent_size,
+        extents=group.geometry.extents,
+        restore=_restore(server),
+        clones=tuple(_clone(server, clone, transfers) for clone in group.clones.values()),
+    )
+
+
+def _restore(server: GroupServer) -> RestoreStatistics | None:
+    group = server.group
+    if group.restoring is None:
+        return None
+    return RestoreStatistics(
+        clone=group.restoring.name,
+        protected=True,
+        pending=group.pending_count(),
+        protected_extents=group.protected.count,
+        sync_copies=server.counts.sync,
+        cod_copies=server.counts.cod,
+        cod_queue=len(group.cod_queue),
+    )
+
+
+def _clone(server: GroupServer, clone: Clone, transfers: Transfers) -> CloneStatistics:
+    record = clone.record
+    condition, error = _condition(server, clone, transfers)
+    return CloneStatistics(
+        name=record.name,
+        state=record.state,
+        condition=condition,
+        error=error,
+        backing=record.backing,
+        delta_extents=clone.delta.count,
+        done=_done(server, clone),
+        total=record.copy_total,
+        rate=record.rate,
+        fractured_at=record.fractured_at,
+        written=record.written,
+    )
+
+
+def _condition(server: GroupServer, clone: Clone, transfers: Transfers) -> tuple[str, str | None]:
+    """The condition, and the reason for it where there is one."""
+    record = clone.record
+    unit = server.unit(clone)
+    if isinstance(unit, MissingUnit):
+        return "faulted", unit.reason
+    if clone.name in server.faults:
+        return "faulted", server.faults[clone.name]
+    if (server.name, clone.name) in transfers.waiting or (
+        record.state is CloneState.REVERSE_OUT_OF_SYNC
+    ):
+        return "waiting", record.reason
+    return record.split_by or "normal", record.reason
+
+
+def _done(server: GroupServer, clone: Clone) -> int:
+    """How many extents of the running copy, or of the last one, have been copied."""
+    total = clone.record.copy_total
+    match clone.state:
+        case CloneState.RESTORING:
+            left = server.group.pending_count()
+        case CloneState.SYNCHRONIZING | CloneState.OUT_OF_SYNC | CloneState.REVERSE_OUT_OF_SYNC:
+            left = clone.delta.count
+        case _:
+            left = 0
+    return max(0, total - left)

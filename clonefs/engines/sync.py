@@ -1,0 +1,189 @@
+"""The Sync Engine: "copies data between a Source and a Clone".
+
+One task for each clone. In a Protected Restore it works sequentially from the beginning of the LU to
+its end and copies what is pending; for a mirrored clone it copies what the Delta Map has, the other
+way. It claims a run of extents, copies it, ends the claim, and looks again: the maps are its only
+memory, so it can be killed at any point.
+
+It must never copy what it has not claimed, nor wait for anything but the copy while it has a claim:
+hosts wait for claims, and so does every transition.
+"""
+
+import logging
+
+import trio
+
+from clonefs.engines.server import GroupServer
+from clonefs.engines.transfers import Transfers
+from clonefs.errors import ClonefsError, DeviceError
+from clonefs.group import MIRRORED, Claim, Clone
+from clonefs.units import LogicalUnit
+from clonefs.volume import CloneState
+
+log = logging.getLogger(__name__)
+
+COPYING = frozenset({CloneState.RESTORING, CloneState.SYNCHRONIZING})
+RUN = 1 << 20  # bytes that are copied at a time: hosts that need one of them wait for all
+HOLE_RUN = 64 << 30  # bytes that are passed over at a time where the origin has a hole
+HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
+PATIENCE = 0.25  # seconds' worth of `rate` to copy at a time
+RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between passes over extents that cannot be copied
+
+
+class SyncEngine:
+    """The copies of one clone, in either direction."""
+
+    def __init__(self, server: GroupServer, name: str, transfers: Transfers) -> None:
+        self._server = server
+        self._group = server.group
+        self._name = name
+        self._transfers = transfers
+        self._begin_pass()
+        self._owed = 0.0  # bytes copied that `rate` has not paid for at `_paid_at`
+        self._paid_at = 0.0
+        self._retry = RETRY_FIRST
+
+    def _begin_pass(self) -> None:
+        self._cursor = 0
+        self._failed = 0
+        self._singly_before = 0
+        self._hint_at = 0
+        self._data_at = 0
+
+    async def run(self) -> None:
+        """Copy whatever there is to copy, until cancelled."""
+        while True:
+            await trio.lowlevel.checkpoint()
+            clone = self._group.clones.get(self._name)
+            if clone is None or clone.state not in COPYING:
+                self._begin_pass()
+                self._server.mended(self._name)
+                await self._server.progress()
+            elif self._server.gate.held:
+                await self._server.progress()
+            elif (delay := self._rate_delay(clone)) > 0:
+                # What changes meanwhile may be the rate, so look again.
+                with trio.move_on_after(delay):
+                    await self._server.progress()
+            else:
+                await self._step(clone)
+
+    def _rate_delay(self, clone: Clone) -> float:
+        """Seconds until the rate allows to copy again."""
+        if clone.record.rate is None:
+            self._owed = 0.0
+            return 0.0
+        return self._owed / clone.record.rate - (trio.current_time() - self._paid_at)
+
+    def _charge(self, clone: Clone, length: int) -> None:
+        """`length` bytes have been copied."""
+        if clone.record.rate is not None:
+            self._owed = max(0.0, self._rate_delay(clone) * clone.record.rate) + length
+            self._paid_at = trio.current_time()
+
+    def _most(self, clone: Clone) -> int:
+        """How many extents to claim at the most."""
+        geometry = self._group.geometry
+        offset = self._cursor << geometry.shift
+        if self._cursor < self._singly_before:
+            return 1
+        if offset < self._data_at:
+            return max(1, min(self._data_at - offset, HOLE_RUN) >> geometry.shift)
+        bytes_at_once = float(RUN)
+        if clone.record.rate is not None:
+            bytes_at_once = min(RUN, clone.record.rate * PATIENCE)
+        return max(1, int(bytes_at_once) >> geometry.shift)
+
+    async def _step(self, clone: Clone) -> None:
+        origin = self._origin(clone)
+        await self._look_for_holes(origin)
+        async with self._transfers.turn(self._server.name, self._name):
+            clone_now = self._group.clones.get(self._name)
+            if clone_now is not clone or self._server.gate.held:
+                return
+            claim = self._claim(clone)
+            if claim is not None:
+                await self._copy(claim, clone)
+                return
+        await self._end_of_pass(clone)
+
+    def _origin(self, clone: Clone) -> LogicalUnit:
+        if clone.state is CloneState.RESTORING:
+            return self._server.unit(clone)
+        return self._server.source
+
+    def _target(self, clone: Clone) -> LogicalUnit:
+        if clone.state is CloneState.RESTORING:
+            return self._server.source
+        return self._server.unit(clone)
+
+    async def _look_for_holes(self, origin: LogicalUnit) -> None:
+        offset = self._cursor << self._group.geometry.shift
+        if offset >= max(self._hint_at, self._data_at) and offset < origin.size:
+            try:
+                self._data_at = await origin.data_from(offset)
+            except ClonefsError:
+                self._data_at = offset  # the copy will say it better
+            self._hint_at = offset + HOLE_HINT_EVERY
+
+    def _claim(self, clone: Clone) -> Claim | None:
+        if clone.state is CloneState.RESTORING:
+            return self._group.claim_restore(self._cursor, self._most(clone))
+        return self._group.claim_sync(clone, self._cursor, self._most(clone))
+
+    async def _copy(self, claim: Claim, clone: Clone) -> None:
+        geometry = self._group.geometry
+        offset, length = geometry.bytes_of(claim.first, claim.stop)
+        copied = False
+        failure: ClonefsError | None = None
+        try:
+            await self._target(clone).copy_from(self._origin(clone), offset, length)
+            copied = True
+        except ClonefsError as error:
+            failure = error
+        finally:
+            self._group.end_copy(claim, copied=copied)
+            self._server.wake()
+        if failure is not None:
+            await self._copy_failed(claim, clone, failure)
+            return
+        self._server.counts.sync += claim.stop - claim.first
+        self._cursor = claim.stop
+        if offset >= self._data_at:  # a hole costs nothing
+            self._charge(clone, length)
+
+    async def _copy_failed(self, claim: Claim, clone: Clone, error: ClonefsError) -> None:
+        """Try a run again extent by extent; pass over an extent that fails by itself."""
+        own = self._server.unit(clone).name
+        if clone.state in MIRRORED and isinstance(error, DeviceError) and error.unit == own:
+            await self._server.split_off(self._name, error)
+        elif claim.stop - claim.first > 1:
+            self._cursor, self._singly_before = claim.first, claim.stop
+        else:
+            self._failed += 1
+            self._cursor = claim.stop
+            self._server.fault(self._name, error.reason)
+
+    async def _end_of_pass(self, clone: Clone) -> None:
+        if self._failed:
+            # It may be mended, or a host may overwrite it whole, or a person may step in.
+            with trio.move_on_after(self._retry):
+                while self._group.clones.get(self._name) is clone:
+                    await self._server.progress()
+            self._retry = min(2 * self._retry, RETRY_LAST)
+            self._begin_pass()
+            return
+        self._retry = RETRY_FIRST
+        self._server.mended(self._name)
+        if self._cursor:
+            self._begin_pass()  # for what was passed over, or has come since
+        elif self._is_done(clone):
+            await self._transfers.complete(self._server, self._name)
+        else:
+            await self._server.progress()
+
+    def _is_done(self, clone: Clone) -> bool:
+        """Whether nothing is left but what writes under way have set: a transition drains these."""
+        if clone.state in MIRRORED and len(self._group.scoreboard):
+            return False
+        return self._group.next_pending(0, self._group.geometry.extents) < 0

@@ -1,0 +1,534 @@
+"""The Data Storage System: all groups of one metadata volume, and every command on them.
+
+A command on a clone goes through the same steps: check it early, so that a refusal holds nobody up;
+flush what can be flushed before; hold and drain the groups; decide on the record as it is then;
+flush, set bits, commit; adopt; let the hosts go on. Rules D3, D4 and D7 are these steps.
+
+It must never await anything but flushes and the commit while a group is held.
+"""
+
+import functools
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Protocol
+
+import trio
+from msgspec.structs import replace
+
+from clonefs.engines.cod import CodEngine
+from clonefs.engines.host import CloneLu, SourceLu
+from clonefs.engines.recorder import Recorder
+from clonefs.engines.server import GroupServer
+from clonefs.engines.sync import SyncEngine
+from clonefs.engines.transfers import Transfers
+from clonefs.errors import ClonefsError, busy, invalid, missing, taken
+from clonefs.extents import Geometry
+from clonefs.group import MIRRORED, CloneGroup, Command, transitions
+from clonefs.units import LogicalUnit, MissingUnit
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
+
+log = logging.getLogger(__name__)
+
+DEFAULT_EXTENT_SIZE = 64 << 10
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+
+
+class OpenUnit(Protocol):
+    """Opens and locks a backing, in a thread if need be (clonefs.units.open_backing)."""
+
+    async def __call__(
+        self, path: Path, *, create_size: int | None = None, size: int | None = None
+    ) -> LogicalUnit: ...
+
+
+class StorageSystem:
+    """The groups of the volume that `recorder` commits to.
+
+    `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
+    seconds since the epoch; `on_event` gets one line for each change of state.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        open_unit: OpenUnit,
+        *,
+        forget_pages: Callable[[str], Awaitable[None]],
+        wall_clock: Callable[[], float],
+        on_event: Callable[[str], None],
+    ) -> None:
+        self.recorder = recorder
+        self.volume = recorder.volume
+        self.servers: dict[str, GroupServer] = {}
+        self.sources: dict[str, SourceLu] = {}
+        self.clones: dict[tuple[str, str], CloneLu] = {}
+        self.transfers = Transfers(self._complete)
+        self._open_unit = open_unit
+        self._forget_pages = forget_pages
+        self._wall_clock = wall_clock
+        self._on_event = on_event
+        self._engines: dict[tuple[str, str], trio.CancelScope] = {}
+        self._nursery: trio.Nursery | None = None
+        self._recovered = False
+        self._configuration = trio.Lock()
+        self._allocation = trio.Lock()  # from choosing a slot until a record names it
+
+    # Life
+
+    async def start(self, nursery: trio.Nursery) -> None:
+        """Recover what the volume has, open the backings, and set the engines to work in `nursery`.
+
+        Raises ClonefsError if the volume cannot be used; a backing that is missing only makes its
+        group or clone faulted.
+        """
+        self._nursery = nursery
+        trusted = self.volume.trusted
+        groups = {group.name: self._load(group, trusted) for group in self.volume.record.groups}
+
+        recovered = tuple(group.record for group in groups.values())
+        await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
+        self._recovered = True
+        if not trusted:
+            self._event(
+                "the machine went down without an unmount: every Delta Map is taken as full"
+            )
+        for group in groups.values():
+            await self._open_group(group)
+
+    def _load(self, record: GroupRecord, trusted: bool) -> CloneGroup:
+        """The group as the volume has it; D9 for what could not be trusted is in `transitions`."""
+        if trusted:
+            return CloneGroup(record, self.volume.map)
+        group = CloneGroup(transitions.without_trust(record), self.volume.map)
+        group.protected.clear_all()
+        for clone in group.clones.values():
+            clone.delta.mark_all()
+        return group
+
+    async def _open_group(self, group: CloneGroup) -> None:
+        record = group.record
+        source = await self._open_or_missing(record.backing, record.size)
+        clones = {
+            clone.name: await self._open_or_missing(clone.backing, record.size)
+            for clone in record.clones
+        }
+        server = self._add_server(group, source, clones)
+        for clone in record.clones:
+            unit = clones[clone.name]
+            if isinstance(unit, MissingUnit):
+                await server.split_off(clone.name, missing(unit.reason))
+            self._start_clone(server, clone.name)
+
+    async def _open_or_missing(self, backing: str, size: int) -> LogicalUnit:
+        try:
+            return await self._open_unit(Path(backing), size=size)
+        except ClonefsError as error:
+            self._event(f"{backing} is faulted: {error.reason}")
+            return MissingUnit(backing, size, error.reason)
+
+    def _add_server(
+        self, group: CloneGroup, source: LogicalUnit, clones: dict[str, LogicalUnit]
+    ) -> GroupServer:
+        server = GroupServer(
+            group, source, clones, self.recorder, self._wall_clock, self._state_changed
+        )
+        self.servers[server.name] = server
+        self.sources[server.name] = SourceLu(server, CodEngine(server))
+        return server
+
+    def _start_clone(self, server: GroupServer, name: str) -> None:
+        assert self._nursery is not None
+        scope = trio.CancelScope()
+        self.clones[server.name, name] = CloneLu(server, name)
+        self._engines[server.name, name] = scope
+        engine = SyncEngine(server, name, self.transfers)
+
+        async def run() -> None:
+            with scope:
+                await engine.run()
+
+        self._nursery.start_soon(run, name=f"sync engine of {server.name}/{name}")
+
+    async def stop(self) -> None:
+        """Stop the engines, let requests that are inside end, flush everything, and close the
+        volume. Raises ClonefsError if not everything could be made durable."""
+        for scope in self._engines.values():
+            scope.cancel()
+        failures: list[str] = []
+        async with AsyncExitStack() as stack:
+            for server in self.servers.values():
+                await stack.enter_async_context(server.held())
+            for server in self.servers.values():
+                for unit in (server.source, *server.units.values()):
+                    if not isinstance(unit, MissingUnit):
+                        await self._flush_for_stop(unit, failures)
+                    unit.close()
+        try:
+            await self.recorder.close(clean=self._recovered and not failures)
+        except ClonefsError as error:
+            failures.append(error.reason)
+        if failures:
+            raise ClonefsError(5, "; ".join(failures))
+
+    async def _flush_for_stop(self, unit: LogicalUnit, failures: list[str]) -> None:
+        try:
+            await unit.flush()
+        except ClonefsError as error:
+            failures.append(error.reason)
+
+    def _event(self, line: str) -> None:
+        log.info("%s", line)
+        self._on_event(line)
+
+    def _state_changed(self, before: GroupRecord, after: GroupRecord) -> None:
+        old = {clone.name: clone.state for clone in before.clones}
+        for clone in after.clones:
+            was = old.get(clone.name)
+            if was is None:
+                self._event(f"{after.name}/{clone.name} added: {clone.state}")
+            elif was is not clone.state:
+                self._event(f"{after.name}/{clone.name} {was} -> {clone.state}")
+        for name in old.keys() - {clone.name for clone in after.clones}:
+            self._event(f"{after.name}/{name} removed")
+
+    # Look-up
+
+    def server(self, group: str) -> GroupServer:
+        """Raises ClonefsError (ENOENT)."""
+        try:
+            return self.servers[group]
+        except KeyError:
+            raise missing(f"there is no group {group!r}") from None
+
+    # Groups and clones
+
+    async def add_group(
+        self, name: str, backing: Path, *, size: int | None, extent_size: int | None
+    ) -> None:
+        """A new group on the Source at `backing`; sizes in bytes. Raises ClonefsError."""
+        check_name(name, reserved="control")
+        async with self._configuration:
+            if name in self.servers:
+                raise taken(f"there is a group {name!r} already")
+            if size is not None:
+                Geometry(size, extent_size or DEFAULT_EXTENT_SIZE)  # refuses what cannot be
+            existed = await trio.to_thread.run_sync(backing.exists)
+            if size is None and not existed:
+                raise missing(f"{backing} does not exist: give size= to have it created")
+            source = await self._open_unit(backing, create_size=size)
+            try:
+                async with self._allocation:
+                    record = self._new_group(name, source, size, extent_size)
+                    await self.recorder.commit(lambda whole: whole.with_group(record))
+            except BaseException:
+                await self._discard(source, backing, created=not existed)
+                raise
+            self._add_server(CloneGroup(record, self.volume.map), source, {})
+            self._event(f"{name} added")
+
+    def _new_group(
+        self, name: str, source: LogicalUnit, size: int | None, extent_size: int | None
+    ) -> GroupRecord:
+        if size is not None and source.size != size:
+            raise invalid(
+                f"{source.name} exists and has {source.size} bytes, not {size}: leave size= out"
+            )
+        geometry = Geometry(source.size, extent_size or DEFAULT_EXTENT_SIZE)
+        protected = self.volume.new_map_slot(geometry.extents)
+        durable = self.volume.new_durable_slot(geometry.extents, beside=(protected,))
+        return GroupRecord(
+            name=name,
+            backing=source.name,
+            size=geometry.size,
+            extent_size=geometry.extent_size,
+            protected=protected,
+            durable=durable,
+        )
+
+    async def _discard(self, unit: LogicalUnit, backing: Path, *, created: bool) -> None:
+        """Undo the opening of a backing: a command that fails changes nothing."""
+        unit.close()
+        if created:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(functools.partial(backing.unlink, missing_ok=True))
+
+    async def remove_group(self, name: str, *, in_use: Callable[[], bool]) -> None:
+        """Forget a group without clones. Raises ClonefsError (ENOENT, EBUSY)."""
+        async with self._configuration:
+            server = self.server(name)
+            if server.group.clones:
+                raise busy(f"group {name!r} has clones: remove them first")
+            if in_use():
+                raise busy(f"the Source of {name!r} is open: close it first")
+            async with server.commands, server.held():
+                await self._flush(server.source)
+                await self.recorder.commit(lambda record: record.without_group(name))
+                del self.servers[name], self.sources[name]
+            server.source.close()
+            self._event(f"{name} removed")
+
+    async def add_clone(self, group: str, name: str, backing: Path, *, sync: bool) -> None:
+        """A new clone, all of which may differ from its Source; `sync` begins to copy."""
+        check_name(name, reserved="source")
+        server = self.server(group)
+        async with self._configuration, server.commands:
+            if name in server.group.clones:
+                raise taken(f"group {group!r} has a clone {name!r} already")
+            size = server.group.geometry.size
+            existed = await trio.to_thread.run_sync(backing.exists)
+            unit = await self._open_unit(backing, create_size=size, size=size)
+            try:
+                async with server.held(), self._allocation:
+                    record = self._new_clone(server.group, name, unit, sync=sync)
+                    server.units[name] = unit
+                    await server.change(lambda whole: whole.with_clone(record))
+            except BaseException:
+                server.units.pop(name, None)
+                await self._discard(unit, backing, created=not existed)
+                raise
+            self._start_clone(server, name)
+
+    def _new_clone(
+        self, group: CloneGroup, name: str, unit: LogicalUnit, *, sync: bool
+    ) -> CloneRecord:
+        extents = group.geometry.extents
+        delta = self.volume.new_map_slot(extents)
+        self.volume.map(delta, extents).mark_all()
+        return CloneRecord(
+            name=name,
+            backing=unit.name,
+            state=CloneState.SYNCHRONIZING if sync else CloneState.OUT_OF_SYNC,
+            delta=delta,
+            split_by=None if sync else SplitBy.ADMINISTRATOR,
+            copy_total=extents,
+        )
+
+    async def remove_clone(self, group: str, name: str, *, in_use: Callable[[], bool]) -> None:
+        """Forget a clone; its backing stays as it is. Raises ClonefsError (ENOENT, EBUSY)."""
+        server = self.server(group)
+        async with self._configuration, server.commands:
+            self._check(server, Command.REMOVE, name)
+            if in_use():
+                raise busy(f"{group}/{name} is open: close it first")
+            unit = server.units[name]
+            await self._flush(unit)
+            async with server.held():
+                self._check(server, Command.REMOVE, name)
+                await self._flush(unit)
+                await server.change(lambda record: record.without_clone(name))
+                self._engines.pop((group, name)).cancel()
+                del self.clones[group, name], server.units[name]
+            unit.close()
+
+    def _check(self, server: GroupServer, command: Command, name: str) -> CloneState:
+        record = server.group.record
+        return transitions.next_state(command, record, transitions.clone_named(record, name))
+
+    async def _flush(self, unit: LogicalUnit) -> None:
+        if not isinstance(unit, MissingUnit):
+            await unit.flush()
+
+    # Commands on clones
+
+    async def set_rate(self, group: str, name: str, rate: int | None) -> None:
+        """Bound the copies of a clone to `rate` bytes a second; None for no bound."""
+        server = self.server(group)
+        transitions.clone_named(server.group.record, name)
+
+        def change(record: GroupRecord) -> GroupRecord:
+            return record.with_clone(replace(record.clone(name), rate=rate))
+
+        await server.change(change)
+
+    async def sync(self, group: str, name: str, *, then_fracture: bool = False) -> None:
+        """Mirror the clone again and copy what differs; returns once that has begun."""
+        server = self.server(group)
+        async with server.commands:
+            self._check(server, Command.SYNC, name)
+            if then_fracture and server.group.clones[name].state is CloneState.SYNCHRONIZED:
+                await self._fracture([(server, [name])])
+                return
+            self._present(server, name)
+            async with server.held():
+                to_copy = server.group.clones[name].delta.count
+                await server.change(
+                    lambda record: transitions.begin_sync(
+                        record, name, to_copy=to_copy, then_fracture=then_fracture
+                    )
+                )
+
+    def _present(self, server: GroupServer, name: str) -> None:
+        for unit in (server.source, server.units[name]):
+            if isinstance(unit, MissingUnit):
+                raise ClonefsError(5, unit.reason)
+
+    async def fracture(self, clones: Iterable[tuple[str, str]]) -> None:
+        """Split all the clones off at one instant (D3); one record has them all."""
+        by_group: dict[str, list[str]] = {}
+        for group, name in clones:
+            names = by_group.setdefault(group, [])
+            if name not in names:
+                names.append(name)
+        servers = [(self.server(group), names) for group, names in sorted(by_group.items())]
+        async with AsyncExitStack() as stack:
+            for server, names in servers:
+                for name in names:
+                    transitions.clone_named(server.group.record, name)
+            for server, _ in servers:
+                await stack.enter_async_context(server.commands)
+            await self._fracture(servers)
+
+    async def _fracture(self, servers: list[tuple[GroupServer, list[str]]]) -> None:
+        for server, names in servers:
+            for name in names:
+                self._check(server, Command.FRACTURE, name)
+                await self._flush_mirrored(server, [name])
+        async with AsyncExitStack() as stack:
+            for server, _ in servers:
+                await stack.enter_async_context(server.held())
+            for server, names in servers:
+                await self._flush_mirrored(server, names)
+            now = self._wall_clock()
+
+            def change(
+                record: GroupRecord, *, names: list[str], equal: frozenset[str]
+            ) -> GroupRecord:
+                return transitions.fracture(record, names, equal=equal, now=now)
+
+            await GroupServer.change_together(
+                *(
+                    (server, functools.partial(change, names=names, equal=server.group.equal()))
+                    for server, names in servers
+                )
+            )
+
+    async def _flush_mirrored(self, server: GroupServer, names: Iterable[str]) -> None:
+        for name in names:
+            clone = server.group.clones.get(name)
+            if clone is not None and clone.state in MIRRORED:
+                try:
+                    await server.units[name].flush()
+                except ClonefsError as error:
+                    await server.split_off(name, error)
+                    raise
+
+    async def force_fracture(self, group: str, name: str) -> None:
+        """Break a restore off: the Source stays part old, part clone. Else like `fracture`."""
+        server = self.server(group)
+        async with server.commands:
+            self._check(server, Command.FORCE_FRACTURE, name)
+            if server.group.clones[name].state is not CloneState.RESTORING:
+                await self._fracture([(server, [name])])
+                return
+            async with server.held(), self._allocation:
+                protected = self._empty_protected(server)
+                server.group.fold_protected(name)
+                await server.change(
+                    lambda record: transitions.break_off_restore(record, name, protected=protected)
+                )
+
+    def _empty_protected(self, server: GroupServer) -> MapSlot:
+        """A Protected Restore Map that is empty: the group's own, or a new one in its place, so
+        that dropping what it says takes effect with the record and not before."""
+        if not server.group.protected.count:
+            return server.group.record.protected
+        return self.volume.new_map_slot(server.group.geometry.extents)
+
+    async def protected_restore(self, group: str, name: str) -> None:
+        """Begin a Protected Restore, or begin the running one again (D4).
+
+        When it returns, every read of the Source shows the clone's data.
+        """
+        server = self.server(group)
+        async with server.commands:
+            self._check_restore(server, name)
+            self._present(server, name)
+            mirrored = [clone.name for clone in server.group.mirrored]
+            await self._flush_mirrored(server, mirrored)
+            async with server.held(), self._allocation:
+                await self._flush_mirrored(server, mirrored)
+                await self._begin_restore(server, name)
+        await self._forget_pages(group)
+
+    def _check_restore(self, server: GroupServer, name: str) -> None:
+        """Refuse early what `begin_restore` would refuse."""
+        record = server.group.record
+        transitions.begin_restore(
+            record, name, to_copy=0, equal=frozenset(), protected=record.protected, now=0.0
+        )
+
+    async def _begin_restore(self, server: GroupServer, name: str) -> None:
+        group = server.group
+        equal = group.equal()
+        protected = self._empty_protected(server)
+        group.fold_protected(name)
+        group.spread_delta(name)
+        to_copy = group.clones[name].delta.count
+        now = self._wall_clock()
+        await server.change(
+            lambda record: transitions.begin_restore(
+                record, name, to_copy=to_copy, equal=equal, protected=protected, now=now
+            )
+        )
+        server.counts.sync = server.counts.cod = 0
+
+    # What comes at the end of a copy
+
+    async def _complete(self, server: GroupServer, name: str) -> None:
+        """A clone has nothing left to copy."""
+        try:
+            async with server.commands:
+                clone = server.group.clones.get(name)
+                if clone is None:
+                    return
+                if clone.state is CloneState.RESTORING:
+                    await self._complete_restore(server, name)
+                elif clone.state is CloneState.SYNCHRONIZING:
+                    await self._complete_sync(server, name)
+        except ClonefsError as error:
+            server.fault(name, error.reason)
+            await trio.sleep(1)  # nothing wakes us when a device is mended
+
+    async def _complete_restore(self, server: GroupServer, name: str) -> None:
+        """D7. Most of the flush is done before the group is held."""
+        await server.source.flush()
+        async with server.held():
+            if server.group.next_pending(0, server.group.geometry.extents) >= 0:
+                return
+            await server.source.flush()
+            server.group.drop_protected_delta()
+            await server.change(lambda record: transitions.complete_restore(record, name))
+
+    async def _complete_sync(self, server: GroupServer, name: str) -> None:
+        if server.group.clones[name].record.then_fracture:
+            await self._flush_mirrored(server, [name])
+        async with server.held():
+            clone = server.group.clones[name]
+            if clone.state is not CloneState.SYNCHRONIZING or clone.delta.count:
+                return
+            now = self._wall_clock()
+
+            def change(record: GroupRecord) -> GroupRecord:
+                record = transitions.complete_sync(record, name)
+                if clone.record.then_fracture:
+                    equal = frozenset({name})
+                    record = transitions.fracture(record, [name], equal=equal, now=now)
+                return record
+
+            if clone.record.then_fracture:
+                await self._flush_mirrored(server, [name])
+            await server.change(change)
+
+
+def check_name(name: str, *, reserved: str) -> None:
+    """Raises ClonefsError (EINVAL) for what is no name of a group or a clone."""
+    if _NAME.fullmatch(name) is None:
+        raise invalid(
+            f"{name!r} is not a name: letters, digits, '.', '_' and '-', at most 63, a letter or "
+            f"digit first"
+        )
+    if name == reserved:
+        raise invalid(f"{name!r} is the name of something else: choose another")

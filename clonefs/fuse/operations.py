@@ -1,0 +1,361 @@
+"""The requests of the kernel.
+
+Reads and writes of LU files are the hot path: one look-up of the handle, one call that does the
+request in this step if it can, and the waiting one if not. Whatever goes wrong in a handler becomes
+an errno here; an exception that got out would end the mount.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+)
+
+from clonefs.engines import HostLu, past_the_end
+from clonefs.errors import ClonefsError
+from clonefs.fuse.control import Content, Control
+from clonefs.fuse.options import MountOptions
+from clonefs.fuse.tree import SOURCE, Node, Tree
+from clonefs.units import Buffer
+
+log = logging.getLogger(__name__)
+
+MAXIMUM_COMMAND = 16 << 10
+
+
+@dataclass(slots=True)
+class LuHandle:
+    """An open LU file. `sync`: opened with O_SYNC or O_DSYNC."""
+
+    group: str
+    name: str
+    lu: HostLu
+    sync: bool
+
+
+@dataclass(slots=True)
+class ControlHandle:
+    """An open control file with what it shows: the state at the moment of open."""
+
+    node: Node
+    content: Content
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers. `refresh` is called after an LU file was opened with O_TRUNC, see `open`."""
+
+    enable_writeback_cache = False
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        tree: Tree,
+        control: Control,
+        options: MountOptions,
+        refresh: Callable[[str, str], None],
+    ) -> None:
+        super().__init__()
+        self._tree = tree
+        self._control = control
+        self._options = options
+        self._refresh = refresh
+        self._lus: dict[int, LuHandle] = {}
+        self._controls: dict[int, ControlHandle] = {}
+        self._next_handle = 1
+
+    def in_use(self, group: str, name: str) -> bool:
+        """Whether the LU file is open."""
+        return any(each.group == group and each.name == name for each in self._lus.values())
+
+    # The tree
+
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> EntryAttributes:
+        node = self._tree.child(parent_inode, os.fsdecode(name))
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        return self._tree.attributes(node)
+
+    async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
+        return self._tree.attributes(self._node(inode))
+
+    def _node(self, inode: InodeT) -> Node:
+        node = self._tree.node(inode)
+        if node is None:
+            raise FUSEError(errno.ESTALE)
+        return node
+
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: FileHandleT | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        node = self._node(inode)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise FUSEError(errno.EPERM)
+        if fields.update_size and node.lu is not None and attr.st_size != node.lu.size:
+            raise FUSEError(errno.EINVAL)
+        return self._tree.attributes(node)
+
+    async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
+        self._node(inode)
+        return FileHandleT(inode)
+
+    async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        node = self._tree.node(InodeT(fh))
+        children = self._tree.children(node) if node else []
+        # The number of an inode never changes and never comes again, so it is the position.
+        for child in sorted(children, key=lambda child: child.inode):
+            if child.inode <= start_id:
+                continue
+            attributes = self._tree.attributes(child)
+            name = FileNameT(os.fsencode(child.name))
+            if not pyfuse3.readdir_reply(token, name, attributes, child.inode):
+                break
+
+    async def releasedir(self, fh: FileHandleT) -> None:
+        pass
+
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        pass
+
+    async def forget(self, inode_list: object) -> None:
+        pass  # numbers are kept: they are few, and never used again for something else
+
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        volume = self._control.system.volume
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = 4096
+        data.f_blocks = volume.superblock.size // 4096
+        data.f_bfree = data.f_bavail = (volume.superblock.size - volume.used) // 4096
+        data.f_files = data.f_ffree = data.f_favail = 0
+        data.f_namemax = 63
+        return data
+
+    # Open files
+
+    async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
+        node = self._node(inode)
+        if node.lu is not None:
+            return self._open_lu(node, node.lu, flags)
+        if node.control is None:
+            raise FUSEError(errno.EISDIR)
+        return self._open_control(node, flags)
+
+    def _open_lu(self, node: Node, lu: HostLu, flags: int) -> FileInfo:
+        group, name = node.path
+        writing = flags & os.O_ACCMODE != os.O_RDONLY
+        if writing and not lu.writable():
+            self._refused((group, name), lu.refuse_write())
+        if flags & os.O_TRUNC:
+            # The size never changes, but the kernel believes the file to be empty now, and would
+            # end reads through other descriptors early. It asks again when somebody looks.
+            self._refresh(group, name)
+        handle = self._new_handle()
+        sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
+        self._lus[handle] = LuHandle(group, name, lu, sync)
+        cached = self._options.cached and name == SOURCE
+        return FileInfo(fh=handle, direct_io=not cached, keep_cache=cached)
+
+    def _open_control(self, node: Node, flags: int) -> FileInfo:
+        control = node.control
+        assert control is not None
+        access = flags & os.O_ACCMODE
+        if (access != os.O_WRONLY and control.read is None) or (
+            access != os.O_RDONLY and control.write is None
+        ):
+            raise FUSEError(errno.EACCES)
+        content: Content = ""
+        if access != os.O_WRONLY and control.read is not None:
+            content = control.read(self._control, node.where)
+        handle = self._new_handle()
+        self._controls[handle] = ControlHandle(node, content)
+        return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    def _new_handle(self) -> FileHandleT:
+        handle = FileHandleT(self._next_handle)
+        self._next_handle += 1
+        return handle
+
+    async def release(self, fh: FileHandleT) -> None:
+        self._lus.pop(fh, None)
+        self._controls.pop(fh, None)
+
+    async def flush(self, fh: FileHandleT) -> None:
+        pass
+
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        handle = self._lus.get(fh)
+        if handle is not None:
+            await self._guard(handle.lu.flush())
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]
+        handle = self._lus.get(fh)
+        if handle is None:
+            return await self._read_control(fh, off, size)
+        lu = handle.lu
+        length = min(size, lu.size - off)
+        if length <= 0:
+            return b""
+        try:
+            data = lu.read_now(off, length)
+            return await lu.read(off, length) if data is None else data
+        except ClonefsError as error:
+            self._failed(handle, "read", off, error)
+        except Exception:
+            _broken("read")
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        handle = self._lus.get(fh)
+        if handle is None:
+            return await self._write_control(fh, buf)
+        lu = handle.lu
+        length = len(buf)
+        try:
+            if off + length > lu.size:
+                length = lu.size - off
+                if length <= 0:
+                    raise past_the_end(lu.size)
+                buf = buf[:length]
+            if not lu.write_now(off, buf):
+                await lu.write(off, buf)
+            if handle.sync:
+                await lu.flush()
+        except ClonefsError as error:
+            self._failed(handle, "write", off, error)
+        except Exception:
+            _broken("write")
+        return length
+
+    def _failed(self, handle: LuHandle, verb: str, off: int, error: ClonefsError) -> NoReturn:
+        if error.errno == errno.EIO:
+            log.warning("%s/%s: %s at %d: %s", handle.group, handle.name, verb, off, error.reason)
+        raise FUSEError(error.errno) from None
+
+    # Control files
+
+    async def _read_control(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        handle = self._controls[fh]
+        if handle.node.name == "events" and not handle.node.where:
+            return bytes(self._control.events[off : off + size])
+        if callable(handle.content):
+            handle.content = await trio.to_thread.run_sync(handle.content)
+        return handle.content.encode()[off : off + size]
+
+    async def _write_control(self, fh: FileHandleT, buf: bytes) -> int:
+        node = self._controls[fh].node
+        assert node.control is not None
+        assert node.control.write is not None
+        try:
+            if len(buf) > MAXIMUM_COMMAND:
+                raise ClonefsError(errno.EINVAL, "a command is one line, and shorter than this")
+            await node.control.write(self._control, node.where, os.fsdecode(buf))
+        except ClonefsError as error:
+            self._refused(node.where, error)
+        except Exception:
+            _broken(f"the command in {'/'.join(node.path)}")
+        self._control.errors.pop(node.where, None)
+        return len(buf)
+
+    def _refused(self, where: tuple[str, ...], error: ClonefsError) -> NoReturn:
+        """Leave the sentence in the `error` file of the directory."""
+        self._control.errors[where] = error.reason
+        raise FUSEError(error.errno) from None
+
+    async def _guard(self, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except ClonefsError as error:
+            raise FUSEError(error.errno) from None
+        except Exception:
+            _broken("flush")
+
+    # What the tree does not have
+
+    async def mknod(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        rdev: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: pyfuse3.RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    async def create(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        raise FUSEError(errno.EPERM)
+
+    async def unlink(
+        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        raise FUSEError(errno.EPERM)
+
+    async def rmdir(
+        self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        raise FUSEError(errno.EPERM)
+
+    async def symlink(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        target: FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        raise FUSEError(errno.EPERM)
+
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: pyfuse3.RequestContext,
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+
+def _broken(what: str) -> NoReturn:
+    """A defect of clonefs: said in the log, EIO for the host, and the mount goes on."""
+    log.exception("a defect in clonefs: %s failed", what)
+    raise FUSEError(errno.EIO) from None

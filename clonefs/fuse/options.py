@@ -1,0 +1,59 @@
+"""Mount options: what `-o` takes."""
+
+from dataclasses import dataclass, replace
+
+from clonefs.errors import ClonefsError, invalid
+
+# Taken by the kernel as for every file system, so passed on as they are.
+_KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
+_IGNORED = frozenset({"", "defaults", "rw", "suid", "dev", "exec", "atime", "async"})
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """`uid` and `gid` own every file; `umask` takes permissions away; `cached` lets the kernel keep
+    pages of Sources (docs/decisions/kernel-cache.md); `kernel` is passed on."""
+
+    uid: int
+    gid: int
+    umask: int = 0o077
+    cached: bool = False
+    kernel: frozenset[str] = frozenset()
+
+
+def parse_options(text: str, *, uid: int, gid: int) -> MountOptions:
+    """`text` is a comma-separated list. Raises ClonefsError (EINVAL)."""
+    options = MountOptions(uid=uid, gid=gid)
+    for option in text.split(","):
+        name, equals, value = option.strip().partition("=")
+        match name:
+            case "uid" if equals:
+                options = replace(options, uid=_number(option, value, 10))
+            case "gid" if equals:
+                options = replace(options, gid=_number(option, value, 10))
+            case "umask" if equals:
+                options = replace(options, umask=_number(option, value, 8))
+            case "cached" if not equals:
+                options = replace(options, cached=True)
+            case _ if name in _KERNEL and not equals:
+                options = replace(options, kernel=options.kernel | {name})
+            case _ if name in _IGNORED and not equals:
+                pass
+            case _:
+                raise _unknown(option)
+    return options
+
+
+def _number(option: str, value: str, base: int) -> int:
+    try:
+        number = int(value, base)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise invalid(f"mount option {option!r} has no number as its value")
+    return number
+
+
+def _unknown(option: str) -> ClonefsError:
+    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "uid=", "umask="]))
+    return invalid(f"mount option {option!r} is not known: there are {known}")

@@ -1,0 +1,118 @@
+"""The status table, and status.json: statistics as text."""
+
+import json
+import os
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+from clonefs.engines import CloneStatistics, GroupStatistics
+from clonefs.extents import format_size
+from clonefs.volume import MetadataVolume
+
+_HEAD = ("NAME", "STATE", "CONDITION", "PROGRESS", "DELTA", "SIZE", "RATE", "FRACTURED", "BACKING")
+
+
+def timestamp(seconds: float | None) -> str | None:
+    """Seconds since the epoch in the form of ISO 8601, in UTC."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def rate_text(rate: int | None) -> str:
+    """A rate as its control file shows it."""
+    return "max" if rate is None else format_size(rate)
+
+
+def table(groups: Iterable[GroupStatistics]) -> str:
+    """One aligned table for people. A line for each Source and each clone, errors below."""
+    rows: list[tuple[str, ...]] = [_HEAD]
+    errors = []
+    for group in groups:
+        rows.append(_source_row(group))
+        if group.error:
+            errors.append(f"{group.name}: {group.error}")
+        for clone in group.clones:
+            rows.append(_clone_row(group, clone))
+            if clone.error:
+                errors.append(f"{group.name}/{clone.name}: {clone.error}")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines + errors) + "\n"
+
+
+def _source_row(group: GroupStatistics) -> tuple[str, ...]:
+    state = f"restoring from {group.restore.clone}" if group.restore else "-"
+    size = format_size(group.size)
+    return (f"{group.name}/source", state, group.state, "-", "-", size, "-", "-", group.backing)
+
+
+def _clone_row(group: GroupStatistics, clone: CloneStatistics) -> tuple[str, ...]:
+    return (
+        f"{group.name}/{clone.name}",
+        clone.state,
+        clone.condition,
+        f"{clone.done}/{clone.total}",
+        str(clone.delta_extents),
+        "-",
+        rate_text(clone.rate),
+        timestamp(clone.fractured_at) or "-",
+        clone.backing,
+    )
+
+
+def status_json(volume: MetadataVolume, groups: Iterable[GroupStatistics]) -> str:
+    """status.json: the contract for programs. Fields are added, never renamed."""
+    status = {
+        "volume": {
+            "path": volume.name,
+            "uuid": volume.uuid,
+            "size": volume.superblock.size,
+            "used": volume.used,
+        },
+        "daemon": {"pid": os.getpid()},
+        "groups": {group.name: _group_json(group) for group in groups},
+    }
+    return json.dumps(status, indent=2) + "\n"
+
+
+def _group_json(group: GroupStatistics) -> dict[str, Any]:
+    restore = group.restore
+    return {
+        "state": group.state,
+        "size": group.size,
+        "extent_size": group.extent_size,
+        "extents": group.extents,
+        "backing": group.backing,
+        "error": group.error,
+        "restore": None
+        if restore is None
+        else {
+            "clone": restore.clone,
+            "protected": restore.protected,
+            "pending": restore.pending,
+            "protected_extents": restore.protected_extents,
+            "sync_copies": restore.sync_copies,
+            "cod_copies": restore.cod_copies,
+            "cod_queue": restore.cod_queue,
+        },
+        "clones": {clone.name: _clone_json(clone) for clone in group.clones},
+    }
+
+
+def _clone_json(clone: CloneStatistics) -> dict[str, Any]:
+    return {
+        "state": clone.state,
+        "condition": clone.condition,
+        "backing": clone.backing,
+        "delta_extents": clone.delta_extents,
+        "progress": {"done": clone.done, "total": clone.total},
+        "rate": "max" if clone.rate is None else clone.rate,
+        "fractured_at": timestamp(clone.fractured_at),
+        "written": clone.written,
+        "error": clone.error,
+    }

@@ -1,0 +1,350 @@
+"""The Clone Group: "a collection of a Source and all of its Clones".
+
+It decides; it does no I/O and never waits. Every method is one step: what it sees in the maps is
+true until it returns, and the bits that it sets are set together. It knows no event loop, no files
+and no FUSE, so that the engines, the simulator and the tests all drive the same decisions.
+
+Invariants (rule numbers are those of the design; docs/crash-safety.md repeats them):
+
+- `pending` = D[c] and not P is the only expression for what a restore from c still has to copy.
+- An extent that is claimed on the scoreboard is copied by its claimant alone; no host write to it
+  is admitted (L3).
+- While an extent is pending, D[k] has its bit for every other clone k (L6), and no Sync Engine
+  copies it to a mirrored clone.
+- The record changes only by `adopt`, with the group held and drained; the one exception is a clone
+  that fails, which is split off at once.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from clonefs.extents import ExtentMap, Geometry, Run
+from clonefs.group.cod_queue import CodQueue
+from clonefs.group.scoreboard import Claim, CodScoreboard, Engine
+from clonefs.group.transitions import MIRRORED
+from clonefs.group.writes_in_flight import WritesInFlight
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
+
+MapOf = Callable[[MapSlot, int], ExtentMap]
+
+
+@dataclass(slots=True, eq=False)
+class Clone:
+    """A clone with its Delta Map."""
+
+    record: CloneRecord
+    delta: ExtentMap
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def state(self) -> CloneState:
+        return self.record.state
+
+
+class Route(Enum):
+    """Where the bytes of a host read come from during a restore."""
+
+    SOURCE = auto()  # complete there
+    COPY = auto()  # pending: who reads copies the extents, and answers from what was copied
+    CLONE = auto()  # pending and being copied by somebody else: the clone has the same bytes
+
+
+class Obstacle(Enum):
+    """Why a host write cannot begin now."""
+
+    CLAIMED = auto()  # an extent is being copied, or overlapping bytes are being mirrored
+    PENDING = auto()  # an extent that is covered in part has to be copied first
+
+
+@dataclass(slots=True, eq=False)
+class WriteTicket:
+    """A host write to the Source that has been admitted: bytes [offset, end), extents [first, stop).
+
+    `mirrors` are the clones that are written to as well. `claim` holds the pending extents
+    that the write covers whole, if it does: they stay pending until all of it has been written.
+    """
+
+    offset: int
+    end: int
+    first: int
+    stop: int
+    mirrors: tuple[Clone, ...]
+    claims: tuple[Claim, ...]
+
+
+class CloneGroup:
+    """A Clone Group with its maps. `map_of` gives the live map in a slot, always the same object."""
+
+    def __init__(self, record: GroupRecord, map_of: MapOf) -> None:
+        self._map_of = map_of
+        self.geometry = Geometry(record.size, record.extent_size)
+        self.scoreboard = CodScoreboard()
+        self.cod_queue = CodQueue()
+        self.writes = WritesInFlight()
+        self.adopt(record)
+
+    def adopt(self, record: GroupRecord) -> None:
+        """`record` is the truth now; everything else here follows from it."""
+        extents = self.geometry.extents
+        self.record = record
+        self.clones = {
+            clone.name: Clone(clone, self._map_of(clone.delta, extents)) for clone in record.clones
+        }
+        clones = self.clones.values()
+        self.protected = self._map_of(record.protected, extents)
+        self.restoring = next((c for c in clones if c.state is CloneState.RESTORING), None)
+        self.mirrored = tuple(c for c in clones if c.state in MIRRORED)
+        self.split = tuple(c for c in clones if c.state not in MIRRORED and c is not self.restoring)
+
+    # What is pending
+
+    def is_pending(self, extent: int) -> bool:
+        """Whether the restore that is running still has to copy `extent`."""
+        restoring = self.restoring
+        return (
+            restoring is not None and restoring.delta[extent] == 1 and self.protected[extent] == 0
+        )
+
+    def next_pending(self, start: int, stop: int) -> int:
+        """The first pending extent of [start, stop), or -1."""
+        if self.restoring is None:
+            return -1
+        delta, protected = self.restoring.delta, self.protected
+        extent = delta.next_set(start, stop)
+        while extent >= 0 and protected[extent]:
+            extent = delta.next_set(protected.next_clear(extent, stop), stop)
+        return extent
+
+    def pending_run(self, first: int, stop: int) -> Run:
+        """The pending extents from `first`, which is one, to the first that is not, or `stop`."""
+        assert self.restoring is not None
+        end = self.restoring.delta.next_clear(first, stop)
+        protected = self.protected.next_set(first, end)
+        return Run(first, end if protected < 0 else protected)
+
+    def pending_count(self) -> int:
+        """How many extents are pending."""
+        if self.restoring is None:
+            return 0
+        # P and D have a bit in common only after a crash, or for an instant.
+        count = self.restoring.delta.count
+        if not count or not self.protected.count:
+            return count
+        return sum(run.stop - run.first for run in self._pending_runs())
+
+    def _pending_runs(self) -> Iterable[Run]:
+        first = self.next_pending(0, self.geometry.extents)
+        while first >= 0:
+            run = self.pending_run(first, self.geometry.extents)
+            yield run
+            first = self.next_pending(run.stop, self.geometry.extents)
+
+    # Host reads of the Source
+
+    def route_read(self, extent: int, stop: int) -> tuple[Route, int, Claim | None]:
+        """How to read the Source from `extent` on: the route, where it ends (at most `stop`), and
+        for COPY the claim of those extents, made here."""
+        pending = self.next_pending(extent, stop)
+        if pending != extent:
+            return Route.SOURCE, stop if pending < 0 else pending, None
+        run = self.pending_run(extent, stop)
+        free = self.scoreboard.free_run(*run)
+        if free.stop > free.first:
+            return Route.COPY, free.stop, self._claim_from_clone(free, Engine.COD)
+        claimed = self.scoreboard.overlapping(*run)
+        assert claimed is not None
+        return Route.CLONE, min(claimed.stop, run.stop), None
+
+    def _claim_from_clone(self, run: Run, engine: Engine) -> Claim:
+        assert self.restoring is not None
+        return self.scoreboard.claim(run.first, run.stop, engine, self.restoring.name)
+
+    # Host writes to the Source
+
+    def admit_simple_write(self, offset: int, length: int) -> bool:
+        """Admit a write that needs nothing but bits: no copy, no second write, nobody waited for.
+
+        True: the maps are set (L1; L4 for extents that are not pending), issue it. The path of most
+        writes, so it is as short as it can be.
+        """
+        if self.mirrored:
+            return False
+        first, stop = self.geometry.extents_of(offset, length)
+        if self.restoring is not None:
+            if self.next_pending(first, stop) >= 0:
+                return False
+            self._protect(first, stop)
+        for clone in self.split:
+            clone.delta.mark(first, stop)
+        return True
+
+    def admit_write(self, offset: int, length: int) -> WriteTicket | Obstacle:
+        """Admit a write, or say what stands in its way; then nothing has changed.
+
+        An admitted write has its bits (L1, L2, L4) and must be ended by `end_write`.
+        """
+        first, stop = self.geometry.extents_of(offset, length)
+        if self.scoreboard.overlapping(first, stop) is not None:
+            return Obstacle.CLAIMED
+        if self.mirrored and self.writes.overlaps(offset, offset + length):
+            return Obstacle.CLAIMED
+        if self.pending_in_part(offset, length):
+            return Obstacle.PENDING
+        ticket = WriteTicket(
+            offset, offset + length, first, stop, self.mirrored, self._claim_whole(first, stop)
+        )
+        if self.restoring is not None:
+            at = first
+            for claim in ticket.claims:
+                self._protect(at, claim.first)
+                at = claim.stop
+            self._protect(at, stop)
+        for clone in self.split:
+            clone.delta.mark(first, stop)
+        if self.mirrored:
+            self._begin_mirroring(ticket)
+        return ticket
+
+    def pending_in_part(self, offset: int, length: int) -> list[int]:
+        """The pending extents that the bytes cover in part: at most the first and the last."""
+        if self.restoring is None:
+            return []
+        first, stop = self.geometry.extents_of(offset, length)
+        whole_first, whole_stop = self.geometry.whole_extents_of(offset, length)
+        return [
+            extent
+            for extent in sorted({first, stop - 1})
+            if not whole_first <= extent < whole_stop and self.is_pending(extent)
+        ]
+
+    def _claim_whole(self, first: int, stop: int) -> tuple[Claim, ...]:
+        claims = []
+        extent = self.next_pending(first, stop)
+        while extent >= 0:
+            run = self.pending_run(extent, stop)
+            claims.append(self._claim_from_clone(run, Engine.HOST))
+            extent = self.next_pending(run.stop, stop)
+        return tuple(claims)
+
+    def _protect(self, first: int, stop: int) -> None:
+        """L4: the Source is complete in [first, stop), and belongs to the host from now on."""
+        assert self.restoring is not None
+        if first < stop:
+            self.protected.mark(first, stop)
+            self.restoring.delta.clear(first, stop)
+
+    def _begin_mirroring(self, ticket: WriteTicket) -> None:
+        """L2: set D[c] before the first of the two writes, and remember where it was set."""
+        fresh = self.writes.begin(ticket.offset, ticket.end, ticket.first, ticket.stop)
+        for extent in fresh:
+            for clone in ticket.mirrors:
+                if clone.delta[extent]:
+                    self.writes.keep(extent, clone.name)
+                else:
+                    clone.delta.mark(extent, extent + 1)
+
+    def end_write(self, ticket: WriteTicket, *, written: bool, unequal: Iterable[str]) -> None:
+        """The write has ended. `written`: all of it is in the Source. `unequal`: clones that may
+        not have it."""
+        for claim in ticket.claims:
+            if written:
+                self._protect(claim.first, claim.stop)
+            self.scoreboard.release(claim)
+        if not ticket.mirrors:
+            return
+        different = unequal if written else [clone.name for clone in ticket.mirrors]
+        for extent in range(ticket.first, ticket.stop):
+            for name in different:
+                self.writes.keep(extent, name)
+        for extent, keep in self.writes.end(ticket.offset, ticket.end, ticket.first, ticket.stop):
+            for clone in ticket.mirrors:
+                if clone.name not in keep:
+                    clone.delta.clear(extent, extent + 1)
+
+    # Host writes to a clone
+
+    def mark_clone_write(self, clone: Clone, offset: int, length: int) -> None:
+        """L1 for a host write to a fractured clone."""
+        clone.delta.mark(*self.geometry.extents_of(offset, length))
+
+    # Copies
+
+    def claim_pending(self, extent: int) -> Claim | None:
+        """Claim one pending extent for the COD Engine; None if it is claimed or pending no more."""
+        if not self.is_pending(extent) or self.scoreboard.overlapping(extent, extent + 1):
+            return None
+        return self._claim_from_clone(Run(extent, extent + 1), Engine.COD)
+
+    def claim_restore(self, start: int, most: int) -> Claim | None:
+        """Claim the next run of at most `most` pending extents from `start` for the Sync Engine."""
+        at = start
+        while (at := self.next_pending(at, self.geometry.extents)) >= 0:
+            run = self.pending_run(at, min(at + most, self.geometry.extents))
+            free = self.scoreboard.free_run(*run)
+            if free.stop > free.first:
+                return self._claim_from_clone(free, Engine.SYNC)
+            at = self._after_claim(at)
+        return None
+
+    def claim_sync(self, clone: Clone, start: int, most: int) -> Claim | None:
+        """Claim the next run of at most `most` extents that differ, to be copied to `clone`.
+
+        Extents that are pending, claimed, or being written to are passed over.
+        """
+        at = start
+        while (at := clone.delta.next_set(at, self.geometry.extents)) >= 0:
+            stop = clone.delta.next_clear(at, min(at + most, self.geometry.extents))
+            free = self.scoreboard.free_run(at, stop)
+            stop = min(free.stop, self.writes.first_in(at, stop))
+            pending = self.next_pending(at, stop)
+            stop = stop if pending < 0 else pending
+            if stop > at:
+                return self.scoreboard.claim(at, stop, Engine.SYNC, clone.name)
+            at = self._after_claim(at)
+        return None
+
+    def _after_claim(self, extent: int) -> int:
+        claim = self.scoreboard.overlapping(extent, extent + 1)
+        return extent + 1 if claim is None else claim.stop
+
+    def end_copy(self, claim: Claim, *, copied: bool) -> None:
+        """The copy of a claim has ended. L4, L5: it is complete, then the bits are cleared; a copy
+        that failed, or was cancelled, leaves them (L3), and so does one to a clone that has been
+        split off meanwhile: hosts have written to the Source since without looking at claims."""
+        clone = self.clones.get(claim.clone)
+        if copied and clone is not None and clone not in self.split:
+            clone.delta.clear(claim.first, claim.stop)
+        self.scoreboard.release(claim)
+
+    # Around transitions
+
+    def equal(self) -> frozenset[str]:
+        """The clones whose Delta Map is empty."""
+        return frozenset(name for name, clone in self.clones.items() if not clone.delta.count)
+
+    def spread_delta(self, name: str) -> None:
+        """L6: a restore from `name` will change the Source under every other clone."""
+        for other in self.clones.values():
+            if other.name != name:
+                other.delta.mark_from(self.clones[name].delta)
+
+    def fold_protected(self, name: str) -> None:
+        """D[c] |= P: what hosts wrote during the restore from `name` is a difference too."""
+        self.clones[name].delta.mark_from(self.protected)
+
+    def drop_protected_delta(self) -> None:
+        """Nothing is pending: bits of D that are left belong to the host (P has them), and D
+        becomes the next Protected Restore Map, which must be empty."""
+        assert self.restoring is not None
+        assert self.next_pending(0, self.geometry.extents) < 0
+        self.restoring.delta.clear_all()
+
+    def split_off(self, record: GroupRecord, name: str) -> None:
+        """A mirrored clone has failed and is split off at once, with writes under way: what they
+        touch stays marked, for later writes will not know of them."""
+        self.writes.keep_all(name)
+        self.adopt(record)

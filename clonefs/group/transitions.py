@@ -1,0 +1,230 @@
+"""The states of a clone, and what each command makes of them.
+
+Two rules stand above this module. A transition is a function from a record to a record: it changes
+nothing, so that a refused command has changed nothing, and a commit takes effect whole or not at
+all. And what is not in TABLE is refused.
+
+What the maps have to look like before such a record may be committed is said with each function,
+and done by CloneGroup and by who commits.
+"""
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+from msgspec.structs import replace
+
+from clonefs.errors import busy, missing
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
+
+
+class Command(StrEnum):
+    """What a person can ask of a clone, in the words of the control files."""
+
+    SYNC = "sync"
+    FRACTURE = "fracture"
+    FORCE_FRACTURE = "fracture force"
+    PROTECTED_RESTORE = "protected_restore"
+    REMOVE = "remove_clone"
+
+
+_S = CloneState
+
+# The state that follows; the same state means that there is nothing to do, except that a Protected
+# Restore of a restoring clone starts again. REMOVE leads nowhere: what it maps to is not used.
+TABLE: dict[Command, dict[CloneState, CloneState]] = {
+    Command.SYNC: {
+        _S.FRACTURED: _S.SYNCHRONIZING,
+        _S.OUT_OF_SYNC: _S.SYNCHRONIZING,
+        _S.SYNCHRONIZING: _S.SYNCHRONIZING,
+        _S.SYNCHRONIZED: _S.SYNCHRONIZED,
+    },
+    Command.FRACTURE: {
+        _S.SYNCHRONIZED: _S.FRACTURED,
+        _S.SYNCHRONIZING: _S.OUT_OF_SYNC,
+        _S.FRACTURED: _S.FRACTURED,
+    },
+    Command.FORCE_FRACTURE: {
+        _S.SYNCHRONIZED: _S.FRACTURED,
+        _S.SYNCHRONIZING: _S.OUT_OF_SYNC,
+        _S.FRACTURED: _S.FRACTURED,
+        _S.RESTORING: _S.REVERSE_OUT_OF_SYNC,
+    },
+    Command.PROTECTED_RESTORE: {
+        _S.FRACTURED: _S.RESTORING,
+        _S.REVERSE_OUT_OF_SYNC: _S.RESTORING,
+        _S.RESTORING: _S.RESTORING,
+    },
+    Command.REMOVE: {
+        _S.SYNCHRONIZED: _S.SYNCHRONIZED,
+        _S.FRACTURED: _S.FRACTURED,
+        _S.OUT_OF_SYNC: _S.OUT_OF_SYNC,
+        _S.REVERSE_OUT_OF_SYNC: _S.REVERSE_OUT_OF_SYNC,
+    },
+}
+
+MIRRORED = frozenset({_S.SYNCHRONIZING, _S.SYNCHRONIZED})
+
+_NEXT_STEP: dict[CloneState, str] = {
+    _S.SYNCHRONIZING: "wait until it is synchronized, or fracture it",
+    _S.SYNCHRONIZED: "fracture it first",
+    _S.FRACTURED: "it is a complete point-in-time copy",
+    _S.OUT_OF_SYNC: "it is no complete copy: sync it first",
+    _S.RESTORING: "wait until the restore is done, or break it off with force",
+    _S.REVERSE_OUT_OF_SYNC: "the Source is part old, part clone: restore from it again",
+}
+
+
+def next_state(command: Command, group: GroupRecord, clone: CloneRecord) -> CloneState:
+    """The state that `command` leads to. Raises ClonefsError (EBUSY) where TABLE has none."""
+    following = TABLE[command].get(clone.state)
+    if following is None:
+        raise busy(
+            f"{group.name}/{clone.name} is {clone.state}, so {command} is refused: "
+            f"{_NEXT_STEP[clone.state]}"
+        )
+    return following
+
+
+def clone_named(group: GroupRecord, name: str) -> CloneRecord:
+    """Raises ClonefsError (ENOENT)."""
+    try:
+        return group.clone(name)
+    except KeyError:
+        raise missing(f"group {group.name!r} has no clone {name!r}") from None
+
+
+def restoring_clone(group: GroupRecord) -> CloneRecord | None:
+    """The clone that a Protected Restore is running from."""
+    return next((clone for clone in group.clones if clone.state is _S.RESTORING), None)
+
+
+def begin_sync(group: GroupRecord, name: str, *, to_copy: int, then_fracture: bool) -> GroupRecord:
+    """The clone is mirrored again. Needs the group held and drained: a host write that was planned
+    while the clone was split is not known to be in flight, and the copy could pass it."""
+    clone = clone_named(group, name)
+    state = next_state(Command.SYNC, group, clone)
+    if state is clone.state:
+        return group.with_clone(replace(clone, then_fracture=clone.then_fracture or then_fracture))
+    return group.with_clone(
+        replace(
+            clone,
+            state=state,
+            split_by=None,
+            reason=None,
+            fractured_at=None,
+            written=False,
+            then_fracture=then_fracture,
+            copy_total=to_copy,
+        )
+    )
+
+
+def complete_sync(group: GroupRecord, name: str) -> GroupRecord:
+    """The clone is equal to its Source: needs its Delta Map empty with nothing in flight."""
+    return group.with_clone(replace(clone_named(group, name), state=_S.SYNCHRONIZED))
+
+
+def no_longer_equal(group: GroupRecord, name: str, to_copy: int) -> GroupRecord:
+    """A mirrored clone that was equal has to be copied to again."""
+    clone = clone_named(group, name)
+    return group.with_clone(replace(clone, state=_S.SYNCHRONIZING, copy_total=to_copy))
+
+
+def fracture(
+    group: GroupRecord, names: Iterable[str], *, equal: frozenset[str], now: float
+) -> GroupRecord:
+    """Split the clones off at one instant (D3). Needs the group held and drained and the clones
+    flushed. `equal`: the clones whose Delta Map is empty; a mirrored clone that is not among them
+    is no complete copy, whatever it was called."""
+    for name in names:
+        clone = clone_named(group, name)
+        state = next_state(Command.FRACTURE, group, clone)
+        if clone.state is not state:
+            complete = name in equal
+            state = _S.FRACTURED if complete else _S.OUT_OF_SYNC
+            group = group.with_clone(_split(clone, state, SplitBy.ADMINISTRATOR, now=now))
+    return group
+
+
+def split_off_failed(group: GroupRecord, name: str, *, reason: str, now: float) -> GroupRecord:
+    """An I/O error has split a mirrored clone off."""
+    clone = clone_named(group, name)
+    split = _split(clone, _S.OUT_OF_SYNC, SplitBy.SYSTEM, now=now)
+    return group.with_clone(replace(split, reason=reason))
+
+
+def _split(clone: CloneRecord, state: CloneState, by: SplitBy, *, now: float) -> CloneRecord:
+    return replace(
+        clone, state=state, split_by=by, reason=None, fractured_at=now, then_fracture=False
+    )
+
+
+def begin_restore(
+    group: GroupRecord,
+    name: str,
+    *,
+    to_copy: int,
+    equal: frozenset[str],
+    protected: MapSlot,
+    now: float,
+) -> GroupRecord:
+    """A Protected Restore begins, or begins again (D4). Needs the group held and drained, every
+    mirrored clone flushed, L6 done, and if it begins again, D[c] |= P. `protected`: an empty
+    Protected Restore Map; the one of the group, if it is."""
+    clone = clone_named(group, name)
+    running = restoring_clone(group)
+    if running is not None and running.name != name:
+        raise busy(
+            f"a Protected Restore from {group.name}/{running.name} is running: wait until it is "
+            f"done, or break it off with force"
+        )
+    state = next_state(Command.PROTECTED_RESTORE, group, clone)
+    mirrored = [each.name for each in group.clones if each.state in MIRRORED]
+    group = fracture(group, mirrored, equal=equal, now=now)
+    group = replace(group, protected=protected)
+    return group.with_clone(replace(clone, state=state, copy_total=to_copy, reason=None))
+
+
+def break_off_restore(group: GroupRecord, name: str, *, protected: MapSlot) -> GroupRecord:
+    """The restore ends by force: the Source is part old, part clone. Needs the group held and
+    drained and D[c] |= P. `protected`: an empty Protected Restore Map."""
+    clone = clone_named(group, name)
+    state = next_state(Command.FORCE_FRACTURE, group, clone)
+    return replace(group, protected=protected).with_clone(replace(clone, state=state))
+
+
+def complete_restore(group: GroupRecord, name: str) -> GroupRecord:
+    """The Protected Restore Map becomes the Delta Map (D7). Needs the group held and drained,
+    nothing pending, the Source flushed, and D[c] empty: it becomes the Protected Restore Map."""
+    clone = clone_named(group, name)
+    return replace(group, protected=clone.delta).with_clone(
+        replace(clone, state=_S.FRACTURED, delta=group.protected)
+    )
+
+
+def written(group: GroupRecord, name: str) -> GroupRecord:
+    """A host is about to write to a fractured clone for the first time."""
+    return group.with_clone(replace(clone_named(group, name), written=True))
+
+
+def without_trust(group: GroupRecord) -> GroupRecord:
+    """What is left when the machine has gone down and the live maps are lost: every map says that
+    everything may differ. Needs each D full and P empty. A mirrored clone copies all; a restore
+    cannot go on, since nobody knows what hosts have written, and waits for a person."""
+
+    def lost(clone: CloneRecord) -> CloneRecord:
+        if clone.state in MIRRORED:
+            return replace(clone, state=_S.SYNCHRONIZING)
+        if clone.state is _S.RESTORING:
+            return replace(
+                clone,
+                state=_S.REVERSE_OUT_OF_SYNC,
+                reason=(
+                    "the machine went down during the Protected Restore: the Source is part old, "
+                    "part clone; write 1 to protected_restore to start it again, which drops what "
+                    "hosts have written since it began"
+                ),
+            )
+        return clone
+
+    return replace(group, clones=tuple(lost(clone) for clone in group.clones))

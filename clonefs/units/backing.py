@@ -1,0 +1,315 @@
+"""A logical unit over a regular file or a block device.
+
+I/O goes through the kernel's page cache of the backing: what was acknowledged outlives the daemon,
+and a flush makes it outlive the machine. What the page cache can do at once is done in the event
+loop; what would block goes to a thread, at most THREADS of them for one unit, so that one slow
+device does not keep the others waiting.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import time
+from pathlib import Path
+
+import trio
+
+from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing
+from clonefs.extents import SECTOR, format_size
+from clonefs.units.protocol import Buffer, LogicalUnit
+
+THREADS = 8
+CHUNK = 1 << 20
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class BackingUnit:
+    """`size` bytes of the open descriptor `fd`, which the unit owns from now on."""
+
+    def __init__(self, fd: int, name: str, size: int, *, is_device: bool) -> None:
+        self.fd = fd
+        self.name = name
+        self.size = size
+        self._is_device = is_device
+        self._threads = trio.CapacityLimiter(THREADS)
+        self._nowait_reads = True
+        self._inline = InlineWrites()
+        self._flush_failed: DeviceError | None = None
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        if not self._nowait_reads:
+            return None
+        data = bytearray(length)
+        try:
+            if os.preadv(self.fd, (data,), offset, os.RWF_NOWAIT) == length:
+                return data
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            if error.errno not in _NO_NOWAIT:
+                raise self._error("read", offset, length, error) from error
+            self._nowait_reads = False
+        return None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return await trio.to_thread.run_sync(self._read, offset, length, limiter=self._threads)
+
+    def _read(self, offset: int, length: int) -> bytearray:
+        data = bytearray(length)
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < length:
+                count = os.preadv(self.fd, (view[done:],), offset + done)
+                if count == 0:
+                    raise DeviceError(
+                        errno.EIO,
+                        f"{self.name} ends at byte {offset + done}, but must hold {self.size}: "
+                        f"somebody has cut it short",
+                        self.name,
+                    )
+                done += count
+        except OSError as error:
+            raise self._error("read", offset, length, error) from error
+        return data
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        if not self._inline.allowed(len(data)):
+            return False
+        started = time.monotonic()
+        try:
+            count = os.pwrite(self.fd, data, offset)
+        except OSError as error:
+            raise self._error("write", offset, len(data), error) from error
+        self._inline.took(time.monotonic() - started)
+        if count != len(data):
+            self._write(offset + count, memoryview(data)[count:])
+        return True
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        await trio.to_thread.run_sync(self._write, offset, data, limiter=self._threads)
+
+    def _write(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self.fd, view[done:], offset + done)
+        except OSError as error:
+            raise self._error("write", offset, len(view), error) from error
+
+    async def copy_from(self, origin: LogicalUnit, offset: int, length: int) -> None:
+        if not isinstance(origin, BackingUnit):  # one that is missing says so
+            await self.write(offset, await origin.read(offset, length))
+            return
+        await trio.to_thread.run_sync(
+            self._copy_from, origin, offset, length, limiter=self._threads
+        )
+
+    def _copy_from(self, origin: "BackingUnit", offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            data = min(origin._seek_data(offset), end)
+            if data > offset:
+                self._zero(offset, data - offset)
+            if data < end:
+                hole = min(origin._seek_hole(data), end)
+                self._copy_data(origin, data, hole - data)
+                data = hole
+            offset = data
+
+    def _copy_data(self, origin: "BackingUnit", offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            try:
+                count = os.copy_file_range(origin.fd, self.fd, end - offset, offset, offset)
+            except OSError:
+                # Not between these two, or an I/O error: reading and writing tells which and whose.
+                count = 0
+            if count == 0:
+                count = min(CHUNK, end - offset)
+                self._write(offset, origin._read(offset, count))
+            offset += count
+
+    def _zero(self, offset: int, length: int) -> None:
+        """Make the range read as zeros, as a hole where the backing can have one."""
+        if not self._is_device:
+            if self._seek_data(offset) >= offset + length:
+                return
+            try:
+                _punch(self.fd, offset, length)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise self._error("clear", offset, length, error) from error
+            else:
+                return
+        zeros = bytes(min(CHUNK, length))
+        for at in range(offset, offset + length, CHUNK):
+            self._write(at, zeros[: offset + length - at])
+
+    def _seek_data(self, offset: int) -> int:
+        return self._seek(offset, os.SEEK_DATA, past_end=self.size, unknown=offset)
+
+    def _seek_hole(self, offset: int) -> int:
+        return self._seek(offset, os.SEEK_HOLE, past_end=self.size, unknown=self.size)
+
+    def _seek(self, offset: int, whence: int, *, past_end: int, unknown: int) -> int:
+        # A block device has no holes that lseek would know of, and its lseek is not a query.
+        if self._is_device:
+            return unknown
+        try:
+            return min(os.lseek(self.fd, offset, whence), self.size)
+        except OSError as error:
+            return past_end if error.errno == errno.ENXIO else unknown
+
+    async def flush(self) -> None:
+        await trio.to_thread.run_sync(self._flush, limiter=self._threads)
+
+    def _flush(self) -> None:
+        if self._flush_failed is not None:
+            raise self._flush_failed
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            self._flush_failed = DeviceError(
+                error.errno or errno.EIO,
+                f"flushing {self.name} failed ({error.strerror}): what was written to it since the "
+                f"last flush may be lost; look at the device, then unmount and mount again",
+                self.name,
+            )
+            raise self._flush_failed from error
+
+    async def data_from(self, offset: int) -> int:
+        return await trio.to_thread.run_sync(self._seek_data, offset, limiter=self._threads)
+
+    def allocated(self) -> int:
+        return self.size if self._is_device else os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def _error(self, verb: str, offset: int, length: int, error: OSError) -> DeviceError:
+        if error.errno == errno.ENOSPC:
+            reason = f"no space left under {self.name}: make room on its file system"
+            return DeviceError(errno.ENOSPC, reason, self.name)
+        reason = f"cannot {verb} {length} bytes at {offset} of {self.name}: {error.strerror}"
+        return DeviceError(errno.EIO, reason, self.name)
+
+
+class InlineWrites:
+    """Whether a write may be done in the event loop.
+
+    A write into the page cache costs a tenth of handing it to a thread, but the kernel may make the
+    writer wait when too much is dirty. So small writes are done at once until one of them was slow;
+    then all go to threads for a while.
+    """
+
+    LARGEST = 256 << 10
+    SLOW = 0.005
+    PENALTY = 1.0
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    def allowed(self, length: int) -> bool:
+        return length <= self.LARGEST and (
+            self._not_before == 0.0 or time.monotonic() >= self._not_before
+        )
+
+    def took(self, seconds: float) -> None:
+        self._not_before = time.monotonic() + self.PENALTY if seconds > self.SLOW else 0.0
+
+
+def _punch(fd: int, offset: int, length: int) -> None:
+    """fallocate(2) with PUNCH_HOLE, which the os module does not have. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+    if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def open_backing(
+    path: Path, *, create_size: int | None = None, size: int | None = None
+) -> BackingUnit:
+    """Open and lock the backing at `path`, a regular file or a block device. Blocks.
+
+    A regular file that does not exist is created sparse with `create_size` bytes, if given. `size`
+    is how many bytes of it the unit has; the whole backing if not given.
+
+    Raises ClonefsError: ENOENT (not there), EBUSY (in use), EINVAL (no backing at all, or too
+    small), or what the operating system says.
+    """
+    if create_size is not None and not os.path.lexists(path):
+        return _create(path, create_size)
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError:
+        raise missing(f"{path} does not exist") from None
+    except OSError as error:
+        raise _refused(path, error) from error
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        raise invalid(f"{path} is neither a regular file nor a block device")
+    is_device = stat.S_ISBLK(kind)
+    fd = _open(path, os.O_RDWR | (os.O_EXCL if is_device else 0))
+    try:
+        _lock(fd, path)
+        held = os.lseek(fd, 0, os.SEEK_END)
+        if size is not None and held < size:
+            raise invalid(
+                f"{path} has {format_size(held)}, but at least {format_size(size)} are needed"
+            )
+        if size is None and (held == 0 or held % SECTOR):
+            raise invalid(f"{path} has {held} bytes, which is not a positive multiple of {SECTOR}")
+        return BackingUnit(fd, str(path), held if size is None else size, is_device=is_device)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _create(path: Path, size: int) -> BackingUnit:
+    fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        _lock(fd, path)
+        os.ftruncate(fd, size)
+        return BackingUnit(fd, str(path), size, is_device=False)
+    except BaseException as error:
+        os.close(fd)
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _refused(path, error) from error
+        raise
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def _lock(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy(
+            f"{path} is in use: by a group or a clone of this mount or another, or as a metadata "
+            f"volume"
+        ) from None
+
+
+def _refused(path: Path, error: OSError) -> ClonefsError:
+    match error.errno:
+        case errno.ENOENT:
+            return missing(f"{path} cannot be created: its directory does not exist")
+        case errno.EBUSY:
+            return busy(f"{path} is in use: it is mounted, or part of another device")
+        case _:
+            return ClonefsError(
+                error.errno or errno.EIO, f"{path} cannot be opened: {error.strerror}"
+            )

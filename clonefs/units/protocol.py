@@ -1,0 +1,57 @@
+"""The interface between the engines and storage."""
+
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class LogicalUnit(Protocol):
+    """`size` bytes that can be read, written, flushed and copied.
+
+    A unit does no synchronisation: who may touch which bytes when is decided by its callers. All
+    offsets and lengths are bytes, and lie within the unit. Failures raise ClonefsError with the
+    errno of the device and a sentence that names the backing.
+
+    The `..._now` calls never wait: they do the work at once in the caller's step, or say that it
+    would have to wait, and then nothing has happened.
+    """
+
+    size: int
+    name: str
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """`length` bytes from `offset`, or None if that would have to wait."""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """`length` bytes from `offset`."""
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Write `data` at `offset`; False, and nothing written, if that would have to wait."""
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write `data` at `offset`. After a failure any part of it may have been written."""
+
+    async def copy_from(self, origin: "LogicalUnit", offset: int, length: int) -> None:
+        """Make `length` bytes at `offset` equal to those of `origin`; holes stay holes.
+
+        After a failure any part of the range may have been copied.
+        """
+
+    async def flush(self) -> None:
+        """All that was written before this call began is on stable storage when it returns.
+
+        Once a flush has failed, every later one fails too (rule D10): the kernel has dropped what it
+        could not write, and a success would be a lie.
+        """
+
+    async def data_from(self, offset: int) -> int:
+        """The first byte at or after `offset` that may differ from zero, or `size`.
+
+        A hint that lets a copier pass over holes: a host may write into a hole right after.
+        """
+
+    def allocated(self) -> int:
+        """How many bytes the backing really holds."""
+
+    def close(self) -> None:
+        """Let go of the backing. Nothing may be under way."""

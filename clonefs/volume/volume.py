@@ -1,0 +1,333 @@
+"""The metadata volume, open: its record, and its live maps.
+
+Invariants: the newest record that is whole is the truth, and a commit that failed leaves the one
+before it; slots that the record names overlap nowhere; a live map is the volume's own pages, so
+that a bit costs no system call and outlives the daemon.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import uuid as uuid_module
+from pathlib import Path
+
+import msgspec
+from bitarray import bitarray
+
+from clonefs.errors import ClonefsError, busy, failed, invalid, missing, taken
+from clonefs.extents import ExtentMap, format_size
+from clonefs.volume import layout
+from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, PAGE, DamagedError, Superblock
+from clonefs.volume.medium import FileMedium, Medium
+from clonefs.volume.record import MapSlot, Record, decode_record, encode_record
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
+
+
+class MetadataVolume:
+    """A volume on `medium`, of which nobody else may be writing.
+
+    `trusted`: the live maps are what the daemon before left, bit for bit. It closed the volume, or
+    it died while this boot of the machine went on (`boot_id`). Raises ClonefsError.
+    """
+
+    def __init__(self, medium: Medium, boot_id: str) -> None:
+        self._medium = medium
+        self._maps: dict[MapSlot, ExtentMap] = {}
+        self._broken: ClonefsError | None = None
+        self.name = medium.name
+        self.superblock = _read_superblock(medium)
+        self.generation, self.record = _newest_record(medium, self.superblock)
+        layout.check_slots(self.superblock, list(self.record.slots()))
+        self.boot_id = boot_id
+        self.trusted = self.record.clean or self.record.boot_id == boot_id
+
+    @property
+    def uuid(self) -> str:
+        """The volume's UUID in its usual form."""
+        return str(uuid_module.UUID(bytes=self.superblock.uuid))
+
+    @property
+    def used(self) -> int:
+        """Bytes that are spoken for."""
+        return self.superblock.first_map_byte + sum(slot.length for slot in self.record.slots())
+
+    def opened(self) -> Record:
+        """The record, marked as in use in this boot: it must be committed before any map changes."""
+        return msgspec.structs.replace(self.record, clean=False, boot_id=self.boot_id)
+
+    def commit(self, record: Record) -> None:
+        """Make `record` the record, durably. Blocks. Raises ClonefsError: then nothing has changed.
+
+        After an EIO nothing can be committed any more until the volume is opened again (rule D10):
+        which of the two records a crash would find is not known.
+        """
+        if self._broken is not None:
+            raise self._broken
+        generation = self.generation + 1
+        slot = layout.pack_record(self.superblock, generation, encode_record(record))
+        try:
+            self._medium.write_durably(self.superblock.record_slot(generation), slot)
+        except ClonefsError as error:
+            self._broken = failed(
+                f"the metadata volume cannot be written ({error.reason}): no state can change until "
+                f"it is mended and mounted again"
+            )
+            raise self._broken from error
+        self.generation = generation
+        self.record = record
+
+    def map(self, slot: MapSlot, extents: int) -> ExtentMap:
+        """The live map in `slot`; the same object each time."""
+        if slot not in self._maps:
+            pages = self._medium.view[slot.offset : slot.offset + slot.length]
+            self._maps[slot] = ExtentMap(bitarray(buffer=pages, endian="little"), extents)
+        return self._maps[slot]
+
+    def new_map_slot(self, extents: int, *, beside: tuple[MapSlot, ...] = ()) -> MapSlot:
+        """A free slot for a live map, its pages cleared. It is free until a record names it.
+
+        `beside`: slots that are also to be left alone. Raises ClonefsError (ENOSPC).
+        """
+        return self._new_slot(layout.live_map_length(extents), beside)
+
+    def new_durable_slot(self, extents: int, *, beside: tuple[MapSlot, ...] = ()) -> MapSlot:
+        """A free slot for a group's durable maps, its pages cleared; else like `new_map_slot`."""
+        return self._new_slot(layout.durable_maps_length(extents), beside)
+
+    def _new_slot(self, length: int, beside: tuple[MapSlot, ...]) -> MapSlot:
+        slot = layout.free_slot(self.superblock, [*self.record.slots(), *beside], length)
+        self._forget_maps_in(slot)
+        for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
+            end = min(at + (1 << 20), slot.offset + slot.length)
+            self._medium.view[at:end] = bytes(end - at)
+        return slot
+
+    def _forget_maps_in(self, slot: MapSlot) -> None:
+        """Drop the maps of slots that no record names any more and that are handed out again."""
+        end = slot.offset + slot.length
+        for old in [
+            old for old in self._maps if old.offset < end and slot.offset < old.offset + old.length
+        ]:
+            self._maps.pop(old).release()
+
+    def close(self, *, clean: bool) -> None:
+        """Let go of the volume. `clean`: all units are flushed and the maps are final.
+
+        Raises ClonefsError if that cannot be made durable; the volume is closed all the same, and
+        the next mount recovers.
+        """
+        try:
+            if clean:
+                self._medium.flush()
+                self.commit(msgspec.structs.replace(self.record, clean=True))
+        finally:
+            for extents in self._maps.values():
+                extents.release()
+            self._maps.clear()
+            self._medium.close()
+
+
+def _read_superblock(medium: Medium) -> Superblock:
+    try:
+        superblock = Superblock.unpack(bytes(medium.view[:PAGE]))
+    except DamagedError as damage:
+        raise invalid(f"{medium.name}: {damage}") from damage
+    if superblock.size > medium.size:
+        raise invalid(
+            f"{medium.name} has been cut short: it has {medium.size} bytes and was formatted with "
+            f"{superblock.size}"
+        )
+    return superblock
+
+
+def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]:
+    found: list[tuple[int, Record]] = []
+    reasons = []
+    for number, letter in ((0, "A"), (1, "B")):
+        start = superblock.record_slot(number)
+        slot = bytes(medium.view[start : start + superblock.record_size])
+        try:
+            generation, payload = layout.unpack_record(superblock, slot)
+            found.append((generation, decode_record(payload)))
+        except (DamagedError, msgspec.MsgspecError) as damage:
+            reasons.append(f"record slot {letter}: {damage}")
+    if not found:
+        raise failed(f"{medium.name} is damaged: {'; '.join(reasons)}")
+    return max(found, key=lambda pair: pair[0])
+
+
+def format_medium(medium: Medium, uuid: bytes) -> None:
+    """Write an empty volume over all of `medium`, and make it durable."""
+    superblock = layout.plan(medium.size, uuid)
+    step = 1 << 20
+    for at in range(0, medium.size, step):
+        medium.view[at : at + step] = bytes(min(step, medium.size - at))
+    payload = encode_record(Record())
+    for generation in (0, 1):
+        start = superblock.record_slot(generation)
+        slot = layout.pack_record(superblock, generation, payload)
+        medium.view[start : start + len(slot)] = slot
+    # The superblock is last: a volume that has one is whole.
+    medium.flush()
+    medium.write_durably(0, superblock.pack())
+
+
+def format_volume(path: Path, *, size: int | None, force: bool) -> None:
+    """Make a metadata volume of a file or a block device. Blocks.
+
+    `size` in bytes: of a file 64 MiB if None; of a block device all of it. A file is allocated in
+    full. Raises ClonefsError: EINVAL (too small, or neither file nor device), EEXIST (it holds
+    something, and `force` is not given), EBUSY, ENOSPC.
+    """
+    if size is not None and size < MINIMUM_SIZE:
+        raise invalid(
+            f"{format_size(size)} is too small for a metadata volume: the least is "
+            f"{format_size(MINIMUM_SIZE)}"
+        )
+    created = not os.path.lexists(path)
+    fd = _open_volume(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if created else 0))
+    try:
+        if not force:
+            _refuse_what_is_not_empty(fd, path)
+        size = _size_it(fd, path, size)
+        medium = FileMedium(os.dup(fd), str(path), size)
+        try:
+            format_medium(medium, uuid_module.uuid4().bytes)
+        finally:
+            medium.close()
+    except BaseException as error:
+        if created:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _refused(path, error) from error
+        raise
+    finally:
+        os.close(fd)
+
+
+def _refuse_what_is_not_empty(fd: int, path: Path) -> None:
+    if os.pread(fd, 8, 0) == layout.SUPERBLOCK_MAGIC:
+        raise taken(
+            f"{path} is a clonefs metadata volume already: --force would erase what it holds"
+        )
+    offset = 0
+    end = os.lseek(fd, 0, os.SEEK_END)
+    while offset < end:
+        try:
+            offset = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if error.errno != errno.EINVAL:
+                raise
+        chunk = os.pread(fd, 1 << 20, offset)
+        if not chunk:
+            return
+        if chunk.count(0) != len(chunk):
+            raise taken(f"{path} is not empty: --force would erase what it holds")
+        offset += len(chunk)
+
+
+def _size_it(fd: int, path: Path, size: int | None) -> int:
+    """Give the file its size and all its blocks, or look how large the device is."""
+    held = os.lseek(fd, 0, os.SEEK_END)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        size = size or held or DEFAULT_SIZE
+        if size < MINIMUM_SIZE:
+            raise invalid(
+                f"{path} has {format_size(size)}, which is too small for a metadata volume: the "
+                f"least is {format_size(MINIMUM_SIZE)} (--size)"
+            )
+        os.ftruncate(fd, 0)
+        with contextlib.suppress(OSError):  # only Btrfs has the flag
+            _no_copy_on_write(fd)
+        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)
+        return size
+    if size is not None and size > held:
+        raise invalid(f"{path} has {format_size(held)}, which is less than {format_size(size)}")
+    if held < MINIMUM_SIZE:
+        raise invalid(
+            f"{path} has {format_size(held)}, which is too small for a metadata volume: the least "
+            f"is {format_size(MINIMUM_SIZE)}"
+        )
+    return size or held
+
+
+def _no_copy_on_write(fd: int) -> None:
+    """On Btrfs a store to a mapped page would need free space, and could find none."""
+    flags = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
+    fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
+
+
+def open_volume(path: Path, *, boot_id: str | None = None) -> MetadataVolume:
+    """Open and lock the volume at `path`. Blocks. Raises ClonefsError.
+
+    `boot_id`: this boot of the machine, if it is not to be read from the kernel.
+    """
+    fd = _open_volume(path, os.O_RDWR)
+    try:
+        if os.lseek(fd, 0, os.SEEK_END) < MINIMUM_SIZE:
+            raise invalid(f"{path} is not a clonefs metadata volume: it is too small for one")
+        medium = FileMedium(fd, str(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
+        return MetadataVolume(medium, boot_id or _BOOT_ID.read_text().strip())
+    except BaseException:
+        medium.close()
+        raise
+
+
+def was_closed_cleanly(path: Path) -> bool:
+    """Whether the volume, which nobody has mounted, needs no recovery. Raises ClonefsError."""
+    volume = open_volume(path)
+    try:
+        return volume.record.clean
+    finally:
+        volume.close(clean=False)
+
+
+def _open_volume(path: Path, flags: int) -> int:
+    if path.is_block_device():  # then the kernel refuses one that is mounted
+        flags |= os.O_EXCL
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        kind = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+            raise invalid(f"{path} is neither a regular file nor a block device")
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise busy(f"{path} is in use: it is mounted, or serves as a backing") from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _refused(path: Path, error: OSError) -> ClonefsError:
+    match error.errno:
+        case errno.ENOENT:
+            return missing(f"{path} does not exist")
+        case errno.EBUSY:
+            return busy(f"{path} is in use: it is mounted, or part of another device")
+        case errno.ENOSPC:
+            return ClonefsError(
+                errno.ENOSPC, f"no room for {path}: make space or choose a smaller --size"
+            )
+        case errno.EISDIR:
+            return invalid(f"{path} is a directory")
+        case _:
+            return ClonefsError(error.errno or errno.EIO, f"{path}: {error.strerror}")
