@@ -5,6 +5,4 @@ Group, Sync Engine, COD Engine, Delta Map, Protected Restore Map. docs/architect
 of the house.
 """
 
-from importlib.metadata import version
-
-__version__ = version("clonefs")
+__version__ = "0.1.0"

@@ -103,7 +103,7 @@ def restore(clone: Path, wait_too: bool) -> None:
     help="Give up, with exit status 1, after this time.",
 )
 def wait(clone: Path, state: str | None, timeout: float | None) -> None:
-    """Wait until the running copy of a clone is done, or it has reached a state.
+    """Wait until a copy is done, or the clone is in a given state.
 
     It returns at once when nothing is being copied. The exit status is 1 when the copy cannot
     complete: the clone is out-of-sync, say, or waits for somebody to act.

@@ -215,6 +215,15 @@ def reason(place: Place) -> str:
         return ""
 
 
+def trouble(clone: Place) -> str:
+    """What is wrong with a clone itself, or an empty string where nothing is.
+
+    Not from its `error` file: that may hold the sentence of a command that was refused since.
+    """
+    group = report(clone)["groups"].get(clone.group, {"clones": {}})
+    return group["clones"].get(clone.lu, {}).get("error") or ""
+
+
 def report(place: Place) -> Any:
     """All that status.json says of the mount that `place` is in."""
     return json.loads(read(Place(place.mountpoint), STATUS_JSON))

@@ -35,12 +35,13 @@ _LONGEST_PAUSE_S = 0.5
 
 @dataclass(frozen=True)
 class View:
-    """What one look at a clone shows."""
+    """What one look at a clone shows. `trouble` is a sentence, or empty."""
 
     state: str
     condition: str
     done: int
     total: int
+    trouble: str = ""
 
 
 class Verdict(Enum):
@@ -55,9 +56,14 @@ def judge(view: View, wanted: str | None) -> Verdict:
     """Whether the state `wanted` is reached; without one, whether the copy is done."""
     if view.state == wanted or (wanted is None and view.state in SETTLED):
         return Verdict.DONE
-    if view.state in BROKEN or view.condition == "waiting":
+    if view.state in BROKEN or _is_stopped(view):
         return Verdict.HOPELESS
     return Verdict.GO_ON
+
+
+def _is_stopped(view: View) -> bool:
+    """A copy that waits without a trouble is only queued behind others, and has its turn later."""
+    return view.condition == "waiting" and view.trouble != ""
 
 
 def wait_for(
@@ -84,7 +90,8 @@ def _look(clone: tree.Place) -> View:
     condition = tree.value(clone, "condition")
     # Read last: a bar for a state that says done must not stand still at 99%.
     done, _, total = tree.value(clone, "progress").partition("/")
-    return View(state, condition, int(done), int(total))
+    troubled = state in BROKEN or condition in ("waiting", "faulted")
+    return View(state, condition, int(done), int(total), tree.trouble(clone) if troubled else "")
 
 
 def _pauses() -> Iterator[float]:
@@ -110,8 +117,7 @@ def _time_left_s(clone: tree.Place, view: View, deadline: float | None) -> float
 
 def _hopeless(clone: tree.Place, view: View) -> ClonefsError:
     what = view.state if view.state in BROKEN else f"{view.state}, and waits for somebody to act"
-    why = tree.reason(clone)
-    return failed(f"{clone} is {what}: {why}" if why else f"{clone} is {what}")
+    return failed(f"{clone} is {what}: {view.trouble}" if view.trouble else f"{clone} is {what}")
 
 
 class _FaultNotice:
@@ -125,5 +131,5 @@ class _FaultNotice:
     def see(self, view: View) -> None:
         if view.condition == "faulted" and not self._said:
             self._said = True
-            why = tree.reason(self._clone) or "its backing fails"
+            why = view.trouble or "its backing fails"
             self._bar.say(f"clonefs: {self._clone} is faulted, and is tried again: {why}")

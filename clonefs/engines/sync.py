@@ -23,9 +23,9 @@ from clonefs.volume import CloneState
 log = logging.getLogger(__name__)
 
 COPYING = frozenset({CloneState.RESTORING, CloneState.SYNCHRONIZING})
-RUN = 1 << 20  # bytes that are copied at a time: hosts that need one of them wait for all
 HOLE_RUN = 64 << 30  # bytes that are passed over at a time where the origin has a hole
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
+A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
 PATIENCE = 0.25  # seconds' worth of `rate` to copy at a time
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between passes over extents that cannot be copied
 
@@ -61,7 +61,7 @@ class SyncEngine:
                 await self._server.progress()
             elif self._server.gate.held:
                 await self._server.progress()
-            elif (delay := self._rate_delay(clone)) > 0:
+            elif (delay := self._rate_delay(clone)) > A_MOMENT:
                 # What changes meanwhile may be the rate, so look again.
                 with trio.move_on_after(delay):
                     await self._server.progress()
@@ -89,9 +89,9 @@ class SyncEngine:
             return 1
         if offset < self._data_at:
             return max(1, min(self._data_at - offset, HOLE_RUN) >> geometry.shift)
-        bytes_at_once = float(RUN)
+        bytes_at_once = float(self._transfers.run)
         if clone.record.rate is not None:
-            bytes_at_once = min(RUN, clone.record.rate * PATIENCE)
+            bytes_at_once = min(bytes_at_once, clone.record.rate * PATIENCE)
         return max(1, int(bytes_at_once) >> geometry.shift)
 
     async def _step(self, clone: Clone) -> None:

@@ -23,7 +23,7 @@ from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
 from clonefs.engines.server import GroupServer
 from clonefs.engines.sync import SyncEngine
-from clonefs.engines.transfers import Transfers
+from clonefs.engines.transfers import RUN, Transfers
 from clonefs.errors import ClonefsError, busy, invalid, missing, taken
 from clonefs.extents import Geometry
 from clonefs.group import MIRRORED, CloneGroup, Command, transitions
@@ -48,7 +48,8 @@ class StorageSystem:
     """The groups of the volume that `recorder` commits to.
 
     `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
-    seconds since the epoch; `on_event` gets one line for each change of state.
+    seconds since the epoch; `on_event` gets one line for each change of state;
+    `run` is how many bytes a Sync Engine copies at a time.
     """
 
     def __init__(
@@ -59,13 +60,14 @@ class StorageSystem:
         forget_pages: Callable[[str], Awaitable[None]],
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
+        run: int = RUN,
     ) -> None:
         self.recorder = recorder
         self.volume = recorder.volume
         self.servers: dict[str, GroupServer] = {}
         self.sources: dict[str, SourceLu] = {}
         self.clones: dict[tuple[str, str], CloneLu] = {}
-        self.transfers = Transfers(self._complete)
+        self.transfers = Transfers(self._complete, run)
         self._open_unit = open_unit
         self._forget_pages = forget_pages
         self._wall_clock = wall_clock
@@ -215,16 +217,13 @@ class StorageSystem:
                 raise taken(f"there is a group {name!r} already")
             if size is not None:
                 Geometry(size, extent_size or DEFAULT_EXTENT_SIZE)  # refuses what cannot be
-            existed = await trio.to_thread.run_sync(backing.exists)
-            if size is None and not existed:
-                raise missing(f"{backing} does not exist: give size= to have it created")
             source = await self._open_unit(backing, create_size=size)
             try:
                 async with self._allocation:
                     record = self._new_group(name, source, size, extent_size)
                     await self.recorder.commit(lambda whole: whole.with_group(record))
             except BaseException:
-                await self._discard(source, backing, created=not existed)
+                source.discard()
                 raise
             self._add_server(CloneGroup(record, self.volume.map), source, {})
             self._event(f"{name} added")
@@ -247,13 +246,6 @@ class StorageSystem:
             protected=protected,
             durable=durable,
         )
-
-    async def _discard(self, unit: LogicalUnit, backing: Path, *, created: bool) -> None:
-        """Undo the opening of a backing: a command that fails changes nothing."""
-        unit.close()
-        if created:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(functools.partial(backing.unlink, missing_ok=True))
 
     async def remove_group(self, name: str, *, in_use: Callable[[], bool]) -> None:
         """Forget a group without clones. Raises ClonefsError (ENOENT, EBUSY)."""
@@ -278,7 +270,6 @@ class StorageSystem:
             if name in server.group.clones:
                 raise taken(f"group {group!r} has a clone {name!r} already")
             size = server.group.geometry.size
-            existed = await trio.to_thread.run_sync(backing.exists)
             unit = await self._open_unit(backing, create_size=size, size=size)
             try:
                 async with server.held(), self._allocation:
@@ -287,7 +278,7 @@ class StorageSystem:
                     await server.change(lambda whole: whole.with_clone(record))
             except BaseException:
                 server.units.pop(name, None)
-                await self._discard(unit, backing, created=not existed)
+                unit.discard()
                 raise
             self._start_clone(server, name)
 

@@ -8,27 +8,32 @@ import trio
 from clonefs.engines.server import GroupServer
 
 AT_ONCE = 4
+RUN = 1 << 20  # bytes that are copied at a time: hosts that need one of them wait for all
 
 Complete = Callable[[GroupServer, str], Awaitable[None]]
 
 
 class Transfers:
-    """`complete` is called when a clone has nothing left to copy."""
+    """`complete` is called when a clone has nothing left to copy; `run` is how many bytes an engine
+    claims at a time."""
 
-    def __init__(self, complete: Complete) -> None:
+    def __init__(self, complete: Complete, run: int = RUN) -> None:
         self.complete = complete
+        self.run = run
         self.waiting: set[tuple[str, str]] = set()
         self._limiter = trio.CapacityLimiter(AT_ONCE)
 
     @asynccontextmanager
     async def turn(self, group: str, clone: str) -> AsyncIterator[None]:
         """Have one of the AT_ONCE turns while the body runs."""
-        self.waiting.add((group, clone))
         try:
-            # Not yet a copy: nothing is claimed while it waits.
-            await self._limiter.acquire()
-        finally:
-            self.waiting.discard((group, clone))
+            self._limiter.acquire_nowait()
+        except trio.WouldBlock:
+            self.waiting.add((group, clone))
+            try:
+                await self._limiter.acquire()
+            finally:
+                self.waiting.discard((group, clone))
         try:
             yield
         finally:

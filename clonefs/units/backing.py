@@ -31,8 +31,11 @@ _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 class BackingUnit:
     """`size` bytes of the open descriptor `fd`, which the unit owns from now on."""
 
-    def __init__(self, fd: int, name: str, size: int, *, is_device: bool) -> None:
+    def __init__(
+        self, fd: int, name: str, size: int, *, is_device: bool, created: bool = False
+    ) -> None:
         self.fd = fd
+        self._created = created
         self.name = name
         self.size = size
         self._is_device = is_device
@@ -193,6 +196,11 @@ class BackingUnit:
     def close(self) -> None:
         os.close(self.fd)
 
+    def discard(self) -> None:
+        self.close()
+        if self._created:
+            Path(self.name).unlink(missing_ok=True)
+
     def _error(self, verb: str, offset: int, length: int, error: OSError) -> DeviceError:
         if error.errno == errno.ENOSPC:
             reason = f"no space left under {self.name}: make room on its file system"
@@ -250,7 +258,7 @@ def open_backing(
     try:
         kind = path.stat().st_mode
     except FileNotFoundError:
-        raise missing(f"{path} does not exist") from None
+        raise missing(f"{path} does not exist (a Source is created if size= is given)") from None
     except OSError as error:
         raise _refused(path, error) from error
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
@@ -277,7 +285,7 @@ def _create(path: Path, size: int) -> BackingUnit:
     try:
         _lock(fd, path)
         os.ftruncate(fd, size)
-        return BackingUnit(fd, str(path), size, is_device=False)
+        return BackingUnit(fd, str(path), size, is_device=False, created=True)
     except BaseException as error:
         os.close(fd)
         path.unlink(missing_ok=True)

@@ -44,3 +44,6 @@ class MissingUnit:
 
     def close(self) -> None:
         pass
+
+    def discard(self) -> None:
+        pass

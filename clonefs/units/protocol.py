@@ -55,3 +55,7 @@ class LogicalUnit(Protocol):
 
     def close(self) -> None:
         """Let go of the backing. Nothing may be under way."""
+
+    def discard(self) -> None:
+        """Close, and remove the backing if opening created it: a command that fails changes
+        nothing."""

@@ -1,0 +1,55 @@
+"""What all tests have in common: the options of the test run, and the seed of what is random.
+
+`--long` runs the tests that are marked `long` too. A test that does something at random takes it
+from the fixture `rng`, so that a run that failed can be had again with the seed in its first lines.
+"""
+
+import random
+
+import pytest
+
+# What these check for tests is to be explained like what tests check themselves.
+pytest.register_assert_rewrite("tests.mounts.mount", "tests.mounts.load")
+
+_SEED = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--long` and `--seed`."""
+    parser.addoption("--long", action="store_true", help="run the long tests too")
+    parser.addoption("--seed", type=int, help="the seed of everything that is random")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known, and choose the seed."""
+    config.addinivalue_line("markers", "long: takes minutes; run with --long only")
+    seed = config.getoption("--seed")
+    config.stash[_SEED] = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say how to run the same again."""
+    return f"seed: {config.stash[_SEED]} (--seed={config.stash[_SEED]} runs the same again)"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the long tests, unless they are asked for."""
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.skip(reason="long: run with --long"))
+
+
+@pytest.fixture
+def rng_seed(request: pytest.FixtureRequest) -> str:
+    """A seed that follows from the seed of the run and the name of the test."""
+    seed = f"{request.config.stash[_SEED]} {request.node.name}"
+    print(f"random numbers from the seed {seed!r}; the run has --seed={request.config.stash[_SEED]}")
+    return seed
+
+
+@pytest.fixture
+def rng(rng_seed: str) -> random.Random:
+    """Random numbers from `rng_seed`."""
+    return random.Random(rng_seed)

@@ -1,0 +1,297 @@
+"""No read returns data older than the last command or write that has returned.
+
+Whoever reads through the mount sees it at once, with a descriptor as old as may be. A loop device
+has a page cache of its own above the mount, which the mount cannot reach: with direct I/O on the
+device it is passed by, and otherwise it has to be told to forget (`blockdev --flushbufs`).
+"""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mounts.load import Host, Reader
+from tests.mounts.mount import (
+    EXTENT,
+    MiB,
+    Clone,
+    Group,
+    Loop,
+    Mount,
+    assert_same,
+    attach,
+    mounted,
+    noise,
+    opened,
+    read,
+    write,
+)
+
+SIZE = 4 * MiB
+GOOD, RUIN = noise("good", SIZE), noise("ruin", SIZE)
+
+Read = Callable[[int, int], bytes]
+
+
+@pytest.fixture(scope="module")
+def _cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with mounted(tmp_path_factory.mktemp("cached") / "work", options="cached") as mount:
+        yield mount
+
+
+@pytest.fixture
+def cached(_cached: Mount) -> Mount:
+    """A mount of the module with the mount option `cached`."""
+    _cached.start_if_dead()
+    return _cached
+
+
+@pytest.fixture(params=["", "cached"])
+def either(request: pytest.FixtureRequest) -> Mount:
+    """A mount without and one with the mount option `cached`."""
+    found: Mount = request.getfixturevalue("cached" if request.param else "shared")
+    return found
+
+
+def ruined(mount: Mount) -> tuple[Group, Clone]:
+    """A group whose clone is GOOD and whose Source is RUIN, in every extent."""
+    group = mount.add_group(data=GOOD)
+    clone = group.add_fractured()
+    write(group.source, 0, RUIN)
+    clone.rate(1)
+    return group, clone
+
+
+def to_the_end(clone: Clone) -> None:
+    clone.rate("max")
+    clone.wait("fractured")
+
+
+def _aligned_read(fd: int, offset: int, length: int) -> bytes:
+    """Read past the page cache; offset and length are multiples of the sector size."""
+    with mmap.mmap(-1, length) as buffer:
+        done = os.preadv(fd, [buffer], offset)
+        return buffer[:done]
+
+
+# Readers of the Source, and what makes each of them.
+
+
+def _old_descriptor(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    fd = cleanup.enter_context(opened(path, os.O_RDONLY))
+    return lambda offset, length: os.pread(fd, length, offset)
+
+
+def _old_direct_descriptor(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    fd = cleanup.enter_context(opened(path, os.O_RDONLY | os.O_DIRECT))
+    return lambda offset, length: _aligned_read(fd, offset, length)
+
+
+def _another_process(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    reader = Reader(path)
+    cleanup.callback(reader.close)
+    return reader.read
+
+
+def _loop(path: Path, cleanup: contextlib.ExitStack, *, direct: bool, flags: int) -> tuple[Loop, int]:
+    loop = attach(cleanup, path, direct=direct, read_only=True)
+    return loop, cleanup.enter_context(opened(loop.path, os.O_RDONLY | flags))
+
+
+def _direct_loop(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    _, fd = _loop(path, cleanup, direct=True, flags=os.O_DIRECT)
+    return lambda offset, length: _aligned_read(fd, offset, length)
+
+
+def _buffered_loop_read_directly(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    _, fd = _loop(path, cleanup, direct=False, flags=os.O_DIRECT)
+    return lambda offset, length: _aligned_read(fd, offset, length)
+
+
+def _loop_told_to_forget(path: Path, cleanup: contextlib.ExitStack) -> Read:
+    loop, fd = _loop(path, cleanup, direct=False, flags=0)
+
+    def read_again(offset: int, length: int) -> bytes:
+        loop.forget_pages()
+        return os.pread(fd, length, offset)
+
+    return read_again
+
+
+READERS = [
+    _old_descriptor,
+    _old_direct_descriptor,
+    _another_process,
+    _direct_loop,
+    _buffered_loop_read_directly,
+    _loop_told_to_forget,
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_source_after_writes_and_a_restore(
+    either: Mount,
+    cleanup: contextlib.ExitStack,
+    reader: Callable[[Path, contextlib.ExitStack], Read],
+) -> None:
+    group, clone = ruined(either)
+    look = reader(group.source, cleanup)
+    assert_same(look(0, SIZE), RUIN, "before")
+    write(group.source, 8192, GOOD[:4096])
+    assert_same(look(8192, 4096), GOOD[:4096], "after a write")
+    clone.restore()
+    assert_same(look(SIZE - 8192, 8192), GOOD[-8192:], "the end, at once")
+    assert_same(look(0, SIZE), GOOD, "all of it")
+    write(group.source, 8192, RUIN[:4096])
+    expected = GOOD[:8192] + RUIN[:4096] + GOOD[12288:]
+    assert_same(look(0, SIZE), expected, "after a write during the restore")
+    clone.restore()
+    assert_same(look(0, SIZE), GOOD, "after the restore has begun again")
+    to_the_end(clone)
+    assert_same(look(0, SIZE), GOOD, "at the end")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_clone_while_it_is_mirrored_and_after(
+    either: Mount,
+    cleanup: contextlib.ExitStack,
+    reader: Callable[[Path, contextlib.ExitStack], Read],
+) -> None:
+    group = either.add_group(data=GOOD)
+    clone = group.add_fractured()
+    look = reader(clone.path, cleanup)
+    assert_same(look(0, SIZE), GOOD, "fractured")
+    write(clone.path, 4096, RUIN[:4096])
+    assert_same(look(0, 8192), GOOD[:4096] + RUIN[:4096], "after a write of its own")
+    write(group.source, 0, RUIN)
+    clone.sync()
+    clone.wait("synchronized")
+    assert_same(look(0, SIZE), RUIN, "synchronized")
+    for extent in range(0, 64, 5):
+        write(group.source, extent * EXTENT + 4096, GOOD[:4096])
+        assert_same(look(extent * EXTENT + 4096, 4096), GOOD[:4096], "after a mirrored write")
+    clone.fracture()
+    expected = group.source.read_bytes()
+    write(group.source, 0, GOOD)
+    assert_same(look(0, SIZE), expected, "fractured again")
+
+
+def test_breaking_a_restore_off_shows_what_the_source_has_again(
+    either: Mount, cleanup: contextlib.ExitStack
+) -> None:
+    """What was read has been copied, and stays; nothing else of the clone is to be seen."""
+    group, clone = ruined(either)
+    look = _old_descriptor(group.source, cleanup)
+    clone.restore()
+    assert_same(look(10 * EXTENT, EXTENT), GOOD[10 * EXTENT : 11 * EXTENT], "read")
+    clone.fracture("force")
+    copied = set(range(64)) - clone.delta()
+    assert 10 in copied
+    expected = b"".join(
+        (GOOD if extent in copied else RUIN)[extent * EXTENT : (extent + 1) * EXTENT]
+        for extent in range(64)
+    )
+    assert_same(look(0, SIZE), expected, "part old, part clone")
+
+
+def test_a_file_that_was_truncated_by_another_is_as_long_as_ever(either: Mount) -> None:
+    """O_TRUNC makes the kernel believe for a moment that the file is empty."""
+    group = either.add_group(data=GOOD)
+    reader = Reader(group.source)
+    try:
+        for number in range(20):
+            with opened(group.source, os.O_WRONLY | os.O_TRUNC) as fd:
+                os.pwrite(fd, b"%08d" % number, 0)
+                assert reader.read(0, 8) == b"%08d" % number
+                assert_same(reader.read(SIZE - 100, 200), GOOD[-100:], "the end")
+                assert group.source.stat().st_size == SIZE
+    finally:
+        reader.close()
+
+
+# Mappings ----------------------------------------------------------------------------------------
+
+
+def test_a_shared_mapping_shows_the_clone_after_a_restore(cached: Mount) -> None:
+    group, clone = ruined(cached)
+    with (
+        opened(group.source, os.O_RDWR) as fd,
+        mmap.mmap(fd, SIZE, mmap.MAP_SHARED, mmap.PROT_READ) as pages,
+    ):
+        assert_same(pages[:], RUIN, "before")
+        write(group.source, 70000, b"written")
+        assert pages[70000:70007] == b"written"
+        clone.restore()
+        assert pages[SIZE - 100 :] == GOOD[-100:]
+        assert_same(pages[:], GOOD, "after the restore")
+        write(group.source, 70000, b"written")
+        assert pages[70000:70007] == b"written"
+        to_the_end(clone)
+        assert_same(pages[:], GOOD[:70000] + b"written" + GOOD[70007:], "at the end")
+        assert clone.delta() == {1}
+
+
+def test_what_is_stored_to_a_mapping_during_a_restore_stays(cached: Mount) -> None:
+    group, clone = ruined(cached)
+    with opened(group.source, os.O_RDWR) as fd, mmap.mmap(fd, SIZE) as pages:
+        clone.restore()
+        pages[5 * EXTENT + 10 : 5 * EXTENT + 16] = b"stored"
+        pages.flush()
+        os.fsync(fd)
+        assert 5 in group.protected()
+        assert read(group.source, 5 * EXTENT + 10, 6) == b"stored"
+        to_the_end(clone)
+        expected = GOOD[: 5 * EXTENT + 10] + b"stored" + GOOD[5 * EXTENT + 16 :]
+        assert_same(pages[:], expected, "the mapping")
+    assert_same(group.source.read_bytes(), expected, "the Source")
+    assert_same(group.backing.read_bytes(), expected, "its backing")
+    assert clone.delta() == {5}
+    assert_same(clone.path.read_bytes(), GOOD, "the clone")
+
+
+def test_a_clone_of_a_mapped_source_has_what_was_flushed(cached: Mount) -> None:
+    group = cached.add_group(data=GOOD)
+    clone = group.add_clone()
+    with opened(group.source, os.O_RDWR) as fd, mmap.mmap(fd, SIZE) as pages:
+        pages[:4096] = RUIN[:4096]
+        pages.flush()
+        clone.fracture()
+        pages[4096:8192] = RUIN[:4096]
+        pages.flush()
+    assert_same(read(clone.path, 0, 8192), RUIN[:4096] + GOOD[4096:8192], "the clone")
+    assert_same(read(group.source, 0, 8192), RUIN[:4096] + RUIN[:4096], "the Source")
+
+
+# Several at once ---------------------------------------------------------------------------------
+
+
+def test_several_processes_see_their_own_writes_during_a_sync_and_a_restore(
+    cached: Mount, cleanup: contextlib.ExitStack, rng_seed: str
+) -> None:
+    """Without `cached` the tests of clones and of the restore do the same."""
+    group, clone = ruined(cached)
+    good = cached.work / "good"
+    good.write_bytes(GOOD)
+    borders = [0, 1 * MiB, 2 * MiB + 100, 3 * MiB - 4096, SIZE]
+    hosts = [
+        Host(group.source, start, stop, f"{rng_seed} {start}", good)
+        for start, stop in zip(borders, borders[1:], strict=False)
+    ]
+    for host in hosts:
+        cleanup.callback(host.close)
+    other = group.add_fractured("weekly")
+    clone.rate("4M")
+    clone.restore()
+    for host in hosts:
+        host.go()
+    other.sync()
+    to_the_end(clone)
+    other.wait("synchronized")
+    other.fracture()
+    data = b"".join(host.end() for host in hosts)
+    assert_same(group.source.read_bytes(), data, "the Source")
+    assert_same(group.backing.read_bytes(), data, "its backing")
+    assert_same(clone.path.read_bytes(), GOOD, "the clone")

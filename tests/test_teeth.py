@@ -1,0 +1,248 @@
+"""The simulator is tested itself: each rule is broken in one place, and it must notice.
+
+A mutant is a patch of the real code. For each, seeds are run until one of them finds it; a mutant
+that survives them all means that the simulator would not notice that rule being broken.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from clonefs.engines import StorageSystem
+from clonefs.engines.gate import Gate
+from clonefs.extents import ExtentMap
+from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, transitions
+from clonefs.group.writes_in_flight import WritesInFlight
+from clonefs.testing import Plan, Violation, run_simulation
+from clonefs.units import Buffer
+from clonefs.volume import GroupRecord
+
+SEEDS = 150
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch], None]
+
+
+def source_write_unmarked(patch: Patch) -> None:
+    """L1: a host write to the Source does not mark the split clones."""
+
+    def admit(self: CloneGroup, offset: int, length: int) -> bool:
+        if self.mirrored or self.restoring is not None:
+            return False
+        return True
+
+    patch.setattr(CloneGroup, "admit_simple_write", admit)
+
+
+def clone_write_unmarked(patch: Patch) -> None:
+    """L1: a host write to a fractured clone does not mark it."""
+    patch.setattr(CloneGroup, "mark_clone_write", lambda self, clone, offset, length: None)
+
+
+def mirrored_write_unmarked(patch: Patch) -> None:
+    """L2: D[c] is not set before the two writes."""
+    original = CloneGroup._begin_mirroring
+
+    def begin(self: CloneGroup, ticket: Any) -> None:
+        saved = [(clone.delta, clone.delta.snapshot()) for clone in ticket.mirrors]
+        original(self, ticket)
+        for delta, before in saved:
+            for extent in range(ticket.first, ticket.stop):
+                if not before[extent]:
+                    delta.clear(extent, extent + 1)
+
+    patch.setattr(CloneGroup, "_begin_mirroring", begin)
+
+
+def mirrored_write_forgets(patch: Patch) -> None:
+    """L2: D[c] is cleared although it was set before."""
+    patch.setattr(WritesInFlight, "keep", lambda self, extent, clone: None)
+
+
+def overlapping_writes_pass(patch: Patch) -> None:
+    """L2: overlapping writes to a mirrored extent are not serialised."""
+    patch.setattr(WritesInFlight, "overlaps", lambda self, offset, end: False)
+
+
+def failed_clone_forgets(patch: Patch) -> None:
+    """L2: a clone that is split off under way does not keep what is being written."""
+    patch.setattr(WritesInFlight, "keep_all", lambda self, clone: None)
+
+
+def claims_do_not_hold(patch: Patch) -> None:
+    """L3: host writes do not wait for claimed extents."""
+    original = CloneGroup.admit_write
+
+    def admit(self: CloneGroup, offset: int, length: int) -> Any:
+        overlapping = CodScoreboard.overlapping
+        with pytest.MonkeyPatch.context() as inner:
+            # The claims of the write itself must still be possible.
+            inner.setattr(
+                CodScoreboard,
+                "overlapping",
+                lambda board, first, stop: None
+                if not self.next_pending(first, stop) >= 0
+                else overlapping(board, first, stop),
+            )
+            return original(self, offset, length)
+
+    patch.setattr(CloneGroup, "admit_write", admit)
+
+
+def failed_copy_counts(patch: Patch) -> None:
+    """L3: a copy that failed, or was cut off, clears the Delta Map all the same."""
+    original = CloneGroup.end_copy
+
+    def end(self: CloneGroup, claim: Claim, *, copied: bool) -> None:
+        original(self, claim, copied=True)
+
+    patch.setattr(CloneGroup, "end_copy", end)
+
+
+def cleared_before_the_copy(patch: Patch) -> None:
+    """L4: D[c] is cleared before the copy is complete."""
+    original = CloneGroup.claim_restore
+
+    def claim(self: CloneGroup, start: int, most: int) -> Claim | None:
+        made = original(self, start, most)
+        if made is not None and self.restoring is not None:
+            self.restoring.delta.clear(made.first, made.stop)
+        return made
+
+    patch.setattr(CloneGroup, "claim_restore", claim)
+
+
+def write_not_protected(patch: Patch) -> None:
+    """L4: a host write during a restore does not set P."""
+
+    def protect(self: CloneGroup, first: int, stop: int) -> None:
+        if self.restoring is not None:
+            self.restoring.delta.clear(first, stop)
+
+    patch.setattr(CloneGroup, "_protect", protect)
+
+
+def protected_before_written(patch: Patch) -> None:
+    """L4: a whole-extent write protects the extent before all of it has been written."""
+    original = CloneGroup._claim_whole
+
+    def claim(self: CloneGroup, first: int, stop: int) -> tuple[Claim, ...]:
+        claims = original(self, first, stop)
+        for each in claims:
+            self._protect(each.first, each.stop)
+        return claims
+
+    patch.setattr(CloneGroup, "_claim_whole", claim)
+
+
+def partial_write_not_copied(patch: Patch) -> None:
+    """L4: a write that covers a pending extent in part does not wait for its copy."""
+    patch.setattr(CloneGroup, "pending_in_part", lambda self, offset, length: [])
+
+
+def reads_the_source(patch: Patch) -> None:
+    """L5: a read that meets a pending extent gets the Source's bytes."""
+    from clonefs.engines import SourceLu
+
+    def read_now(self: SourceLu, offset: int, length: int) -> Buffer | None:
+        return None if self._gate.held else self._unit.read_now(offset, length)
+
+    patch.setattr(SourceLu, "read_now", read_now)
+
+
+def delta_not_spread(patch: Patch) -> None:
+    """L6: a restore does not mark the other clones."""
+    patch.setattr(CloneGroup, "spread_delta", lambda self, name: None)
+
+
+def sync_passes_a_restore(patch: Patch) -> None:
+    """L6: a mirrored clone is copied to from extents that are still pending."""
+    original = CloneGroup.claim_sync
+
+    def claim(self: CloneGroup, clone: Clone, start: int, most: int) -> Claim | None:
+        restoring, self.restoring = self.restoring, None
+        try:
+            return original(self, clone, start, most)
+        finally:
+            self.restoring = restoring
+
+    patch.setattr(CloneGroup, "claim_sync", claim)
+
+
+def nobody_is_drained(patch: Patch) -> None:
+    """D3, D4: requests under way are not waited for."""
+    patch.setattr(Gate, "leave", lambda self: None)
+    patch.setattr(Gate, "inside", property(lambda self: 0, lambda self, value: None), raising=False)
+
+
+def not_split_at_a_restore(patch: Patch) -> None:
+    """D4: mirrored clones stay mirrored when a restore begins."""
+    original = transitions.begin_restore
+
+    def begin(group: GroupRecord, name: str, **facts: Any) -> GroupRecord:
+        kept = {clone.name: clone for clone in group.clones if clone.name != name}
+        after = original(group, name, **facts)
+        for clone in kept.values():
+            after = after.with_clone(clone)
+        return after
+
+    patch.setattr(transitions, "begin_restore", begin)
+
+
+def protected_map_dropped(patch: Patch) -> None:
+    """D7: the Protected Restore Map does not become the Delta Map."""
+    original = StorageSystem._complete_restore
+
+    async def complete(self: StorageSystem, server: Any, name: str) -> None:
+        server.group.protected.clear_all()
+        await original(self, server, name)
+
+    patch.setattr(StorageSystem, "_complete_restore", complete)
+
+
+def restart_drops_early(patch: Patch) -> None:
+    """A restore that begins again drops the Protected Restore Map before the record says so."""
+    original = StorageSystem._empty_protected
+
+    def empty(self: StorageSystem, server: Any) -> Any:
+        slot = original(self, server)
+        protected: ExtentMap = server.group.protected
+        protected.clear_all()
+        return slot
+
+    patch.setattr(StorageSystem, "_empty_protected", empty)
+
+
+MUTANTS: list[Mutant] = [
+    source_write_unmarked,
+    clone_write_unmarked,
+    mirrored_write_unmarked,
+    mirrored_write_forgets,
+    overlapping_writes_pass,
+    failed_clone_forgets,
+    claims_do_not_hold,
+    failed_copy_counts,
+    cleared_before_the_copy,
+    write_not_protected,
+    protected_before_written,
+    partial_write_not_copied,
+    reads_the_source,
+    delta_not_spread,
+    sync_passes_a_restore,
+    nobody_is_drained,
+    not_split_at_a_restore,
+    protected_map_dropped,
+    restart_drops_early,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_simulator_notices(mutant: Mutant, monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    for seed in range(SEEDS):
+        try:
+            run_simulation(Plan(seed, fault_rate=0.02 if seed % 2 else 0.0))
+        except (Violation, AssertionError):
+            return
+    pytest.fail(f"{SEEDS} seeds did not notice: {mutant.__doc__}")
