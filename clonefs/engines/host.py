@@ -5,13 +5,14 @@ short as a bare pass-through; None or False says that nothing has happened, and 
 which may wait, has to do it.
 """
 
+import contextlib
 import errno
 from typing import Protocol
 
 from clonefs.engines.cod import CodEngine
 from clonefs.engines.server import GroupServer
 from clonefs.errors import ClonefsError, busy
-from clonefs.group import MIRRORED, Obstacle, Route, WriteTicket, transitions
+from clonefs.group import Obstacle, Route, WriteTicket, transitions
 from clonefs.units import Buffer, LogicalUnit
 from clonefs.volume import CloneState
 
@@ -54,6 +55,7 @@ class SourceLu:
         self._group = server.group
         self._gate = server.gate
         self._unit = server.source
+        self._volume = server.recorder.volume
         self._cod = cod
         self.size = server.group.geometry.size
 
@@ -106,6 +108,7 @@ class SourceLu:
     def write_now(self, offset: int, data: Buffer) -> bool:
         return (
             not self._gate.held
+            and self._volume.broken is None
             and self._group.admit_simple_write(offset, len(data))
             and self._unit.write_now(offset, data)
         )
@@ -113,6 +116,8 @@ class SourceLu:
     async def write(self, offset: int, data: Buffer) -> None:
         await self._gate.enter()
         try:
+            if self._volume.broken is not None and self._group.changes_maps(offset, len(data)):
+                raise self._volume.broken
             if self._group.admit_simple_write(offset, len(data)):
                 await _write(self._unit, offset, data)
             else:
@@ -158,12 +163,10 @@ class SourceLu:
     async def flush(self) -> None:
         await self._gate.enter()
         try:
-            await self._unit.flush()
+            await self._server.flush_source()
             for clone in self._group.mirrored:
-                try:
-                    await self._server.unit(clone).flush()
-                except ClonefsError as error:
-                    await self._server.split_off(clone.name, error)
+                with contextlib.suppress(ClonefsError):  # it is split off; the Source has it all
+                    await self._server.flush_clone(clone.name)
         finally:
             self._gate.leave()
 
@@ -207,6 +210,7 @@ class CloneLu:
             or clone is None
             or clone.state is not CloneState.FRACTURED
             or not clone.record.written
+            or self._server.recorder.volume.broken is not None
         ):
             return False
         self._group.mark_clone_write(clone, offset, len(data))
@@ -217,6 +221,7 @@ class CloneLu:
         try:
             if not self.writable():
                 raise self.refuse_write()
+            self._server.check_maps_may_change()
             if not self._group.clones[self._name].record.written:
                 await self._server.change(lambda group: transitions.written(group, self._name))
             self._group.mark_clone_write(self._group.clones[self._name], offset, len(data))
@@ -227,12 +232,7 @@ class CloneLu:
     async def flush(self) -> None:
         await self._gate.enter()
         try:
-            await self._unit.flush()
-        except ClonefsError as error:
-            clone = self._group.clones.get(self._name)
-            if clone is not None and clone.state in MIRRORED:
-                await self._server.split_off(self._name, error)
-            raise
+            await self._server.flush_clone(self._name)
         finally:
             self._gate.leave()
 

@@ -85,9 +85,11 @@ class GroupServer:
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:
         """The group with no request inside and nothing being copied, while the body runs."""
-        async with self.gate.hold(self.group.scoreboard):
-            yield
-        self.wake()
+        try:
+            async with self.gate.hold(self.group.scoreboard):
+                yield
+        finally:
+            self.wake()  # engines wait for the gate to open, also after a command that failed
 
     # Changes of the record
 
@@ -141,6 +143,28 @@ class GroupServer:
             await self.change(lambda record: record)
         except ClonefsError as error:
             log.error("%s: %s", self.name, error.reason)
+
+    def check_maps_may_change(self) -> None:
+        """Raises ClonefsError (EIO) once the metadata volume cannot be written."""
+        if self.recorder.volume.broken is not None:
+            raise self.recorder.volume.broken
+
+    async def flush_source(self) -> None:
+        """Flush the Source. Raises ClonefsError; then every map says that all may differ (D10)."""
+        try:
+            await self.source.flush()
+        except ClonefsError:
+            self.group.distrust(None)
+            raise
+
+    async def flush_clone(self, name: str) -> None:
+        """Flush a clone; the same."""
+        try:
+            await self.units[name].flush()
+        except ClonefsError as error:
+            self.group.distrust(name)
+            await self.split_off(name, error)
+            raise
 
     def fault(self, name: str, reason: str) -> None:
         """Something that stops the running copy of a clone; it goes on to be tried."""

@@ -10,6 +10,7 @@ hosts wait for claims, and so does every transition.
 """
 
 import logging
+from functools import partial
 
 import trio
 
@@ -17,16 +18,17 @@ from clonefs.engines.server import GroupServer
 from clonefs.engines.transfers import Transfers
 from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import MIRRORED, Claim, Clone
-from clonefs.units import LogicalUnit
+from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState
 
 log = logging.getLogger(__name__)
 
 COPYING = frozenset({CloneState.RESTORING, CloneState.SYNCHRONIZING})
-HOLE_RUN = 64 << 30  # bytes that are passed over at a time where the origin has a hole
+HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
 A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
 PATIENCE = 0.25  # seconds' worth of `rate` to copy at a time
+ENOUGH_FAILURES = 64  # extents in one pass: the device is gone rather than bad in places
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between passes over extents that cannot be copied
 
 
@@ -81,27 +83,32 @@ class SyncEngine:
             self._owed = max(0.0, self._rate_delay(clone) * clone.record.rate) + length
             self._paid_at = trio.current_time()
 
-    def _most(self, clone: Clone) -> int:
-        """How many extents to claim at the most."""
+    def _most(self, clone: Clone, at: int) -> int:
+        """How many extents to claim at the most if the first one is `at`."""
         geometry = self._group.geometry
-        offset = self._cursor << geometry.shift
-        if self._cursor < self._singly_before:
+        offset = at << geometry.shift
+        if at < self._singly_before:
             return 1
-        if offset < self._data_at:
+        if offset < self._data_at and self._target(clone).sparse:
             return max(1, min(self._data_at - offset, HOLE_RUN) >> geometry.shift)
-        bytes_at_once = float(self._transfers.run)
+        length = float(self._transfers.run)
         if clone.record.rate is not None:
-            bytes_at_once = min(bytes_at_once, clone.record.rate * PATIENCE)
-        return max(1, int(bytes_at_once) >> geometry.shift)
+            length = min(length, clone.record.rate * PATIENCE)
+        return max(1, int(length) >> geometry.shift)
 
     async def _step(self, clone: Clone) -> None:
         origin = self._origin(clone)
+        for unit in (origin, self._target(clone)):
+            if isinstance(unit, MissingUnit):
+                self._server.fault(self._name, unit.reason)
+                await self._server.progress()
+                return
         await self._look_for_holes(origin)
         async with self._transfers.turn(self._server.name, self._name):
             clone_now = self._group.clones.get(self._name)
             if clone_now is not clone or self._server.gate.held:
                 return
-            claim = self._claim(clone)
+            claim = None if self._failed >= ENOUGH_FAILURES else self._claim(clone)
             if claim is not None:
                 await self._copy(claim, clone)
                 return
@@ -119,7 +126,8 @@ class SyncEngine:
 
     async def _look_for_holes(self, origin: LogicalUnit) -> None:
         offset = self._cursor << self._group.geometry.shift
-        if offset >= max(self._hint_at, self._data_at) and offset < origin.size:
+        # In a hole it is asked each time: a host may have filled the rest of it.
+        if offset < origin.size and (offset >= self._hint_at or offset < self._data_at):
             try:
                 self._data_at = await origin.data_from(offset)
             except ClonefsError:
@@ -128,8 +136,8 @@ class SyncEngine:
 
     def _claim(self, clone: Clone) -> Claim | None:
         if clone.state is CloneState.RESTORING:
-            return self._group.claim_restore(self._cursor, self._most(clone))
-        return self._group.claim_sync(clone, self._cursor, self._most(clone))
+            return self._group.claim_restore(self._cursor, partial(self._most, clone))
+        return self._group.claim_sync(clone, self._cursor, partial(self._most, clone))
 
     async def _copy(self, claim: Claim, clone: Clone) -> None:
         geometry = self._group.geometry
@@ -174,16 +182,16 @@ class SyncEngine:
             self._begin_pass()
             return
         self._retry = RETRY_FIRST
-        self._server.mended(self._name)
         if self._cursor:
             self._begin_pass()  # for what was passed over, or has come since
         elif self._is_done(clone):
-            await self._transfers.complete(self._server, self._name)
+            if await self._transfers.complete(self._server, self._name):
+                self._server.mended(self._name)
         else:
             await self._server.progress()
 
     def _is_done(self, clone: Clone) -> bool:
         """Whether nothing is left but what writes under way have set: a transition drains these."""
-        if clone.state in MIRRORED and len(self._group.scoreboard):
+        if clone.state in MIRRORED and self._group.being_copied(clone):
             return False
         return self._group.next_pending(0, self._group.geometry.extents) < 0

@@ -7,6 +7,7 @@ flush, set bits, commit; adopt; let the hosts go on. Rules D3, D4 and D7 are the
 It must never await anything but flushes and the commit while a group is held.
 """
 
+import contextlib
 import functools
 import logging
 import re
@@ -32,6 +33,8 @@ from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitB
 
 log = logging.getLogger(__name__)
 
+RETRY = 5.0  # seconds between attempts to complete a copy
+HOT_EXTENTS = 16
 DEFAULT_EXTENT_SIZE = 64 << 10
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 
@@ -103,7 +106,10 @@ class StorageSystem:
     def _load(self, record: GroupRecord, trusted: bool) -> CloneGroup:
         """The group as the volume has it; D9 for what could not be trusted is in `transitions`."""
         if trusted:
-            return CloneGroup(record, self.volume.map)
+            group = CloneGroup(record, self.volume.map)
+            counts = {name: clone.delta.count for name, clone in group.clones.items()}
+            group.adopt(transitions.recovered(record, counts))
+            return group
         group = CloneGroup(transitions.without_trust(record), self.volume.map)
         group.protected.clear_all()
         for clone in group.clones.values():
@@ -162,24 +168,34 @@ class StorageSystem:
         failures: list[str] = []
         async with AsyncExitStack() as stack:
             for server in self.servers.values():
+                await stack.enter_async_context(server.commands)
                 await stack.enter_async_context(server.held())
             for server in self.servers.values():
-                for unit in (server.source, *server.units.values()):
-                    if not isinstance(unit, MissingUnit):
-                        await self._flush_for_stop(unit, failures)
-                    unit.close()
+                await self._flush_for_stop(server, failures)
         try:
-            await self.recorder.close(clean=self._recovered and not failures)
+            await self.recorder.close(clean=self._recovered)
         except ClonefsError as error:
             failures.append(error.reason)
         if failures:
             raise ClonefsError(5, "; ".join(failures))
 
-    async def _flush_for_stop(self, unit: LogicalUnit, failures: list[str]) -> None:
-        try:
-            await unit.flush()
-        except ClonefsError as error:
-            failures.append(error.reason)
+    async def _flush_for_stop(self, server: GroupServer, failures: list[str]) -> None:
+        """A unit that cannot be flushed has its maps filled, so that the volume may be closed as a
+        clean one all the same."""
+        flushes = [(server.source, server.flush_source)] + [
+            (unit, functools.partial(server.flush_clone, name))
+            for name, unit in server.units.items()
+        ]
+        for unit, flush in flushes:
+            try:
+                if not isinstance(unit, MissingUnit):
+                    await flush()
+            except ClonefsError as error:
+                failures.append(error.reason)
+            try:
+                unit.close()
+            except OSError as error:
+                failures.append(f"{unit.name}: {error.strerror}")
 
     def _event(self, line: str) -> None:
         log.info("%s", line)
@@ -253,12 +269,18 @@ class StorageSystem:
             server = self.server(name)
             if server.group.clones:
                 raise busy(f"group {name!r} has clones: remove them first")
-            if in_use():
-                raise busy(f"the Source of {name!r} is open: close it first")
             async with server.commands, server.held():
                 await self._flush(server.source)
-                await self.recorder.commit(lambda record: record.without_group(name))
-                del self.servers[name], self.sources[name]
+                # From the last look on nobody can open it any more.
+                if in_use():
+                    raise busy(f"the Source of {name!r} is open: close it first")
+                source = self.sources.pop(name)
+                try:
+                    await self.recorder.commit(lambda record: record.without_group(name))
+                except BaseException:
+                    self.sources[name] = source
+                    raise
+                del self.servers[name]
             server.source.close()
             self._event(f"{name} removed")
 
@@ -302,16 +324,21 @@ class StorageSystem:
         server = self.server(group)
         async with self._configuration, server.commands:
             self._check(server, Command.REMOVE, name)
-            if in_use():
-                raise busy(f"{group}/{name} is open: close it first")
             unit = server.units[name]
             await self._flush(unit)
             async with server.held():
                 self._check(server, Command.REMOVE, name)
                 await self._flush(unit)
-                await server.change(lambda record: record.without_clone(name))
+                if in_use():
+                    raise busy(f"{group}/{name} is open: close it first")
+                lu = self.clones.pop((group, name))
+                try:
+                    await server.change(lambda record: record.without_clone(name))
+                except BaseException:
+                    self.clones[group, name] = lu
+                    raise
                 self._engines.pop((group, name)).cancel()
-                del self.clones[group, name], server.units[name]
+                del server.units[name]
             unit.close()
 
     def _check(self, server: GroupServer, command: Command, name: str) -> CloneState:
@@ -330,7 +357,7 @@ class StorageSystem:
         transitions.clone_named(server.group.record, name)
 
         def change(record: GroupRecord) -> GroupRecord:
-            return record.with_clone(replace(record.clone(name), rate=rate))
+            return record.with_clone(replace(transitions.clone_named(record, name), rate=rate))
 
         await server.change(change)
 
@@ -400,11 +427,7 @@ class StorageSystem:
         for name in names:
             clone = server.group.clones.get(name)
             if clone is not None and clone.state in MIRRORED:
-                try:
-                    await server.units[name].flush()
-                except ClonefsError as error:
-                    await server.split_off(name, error)
-                    raise
+                await server.flush_clone(name)
 
     async def force_fracture(self, group: str, name: str) -> None:
         """Break a restore off: the Source stays part old, part clone. Else like `fracture`."""
@@ -437,12 +460,23 @@ class StorageSystem:
         async with server.commands:
             self._check_restore(server, name)
             self._present(server, name)
-            mirrored = [clone.name for clone in server.group.mirrored]
-            await self._flush_mirrored(server, mirrored)
-            async with server.held(), self._allocation:
-                await self._flush_mirrored(server, mirrored)
-                await self._begin_restore(server, name)
+            await self._forget_pages(group)  # what hosts have dirtied there comes before
+            await self._flush_those_to_split(server)
+            try:
+                async with server.held(), self._allocation:
+                    await self._flush_those_to_split(server)
+                    await self._begin_restore(server, name)
+            except ClonefsError:
+                await server.no_longer_equal()  # L6 may have marked clones that stay mirrored
+                raise
         await self._forget_pages(group)
+
+    async def _flush_those_to_split(self, server: GroupServer) -> None:
+        """Flush the mirrored clones before a restore. One that fails is split off as out of sync,
+        which is no reason not to restore from another."""
+        for clone in server.group.mirrored:
+            with contextlib.suppress(ClonefsError):
+                await server.flush_clone(clone.name)
 
     def _check_restore(self, server: GroupServer, name: str) -> None:
         """Refuse early what `begin_restore` would refuse."""
@@ -468,28 +502,30 @@ class StorageSystem:
 
     # What comes at the end of a copy
 
-    async def _complete(self, server: GroupServer, name: str) -> None:
-        """A clone has nothing left to copy."""
+    async def _complete(self, server: GroupServer, name: str) -> bool:
+        """A clone has nothing left to copy. Returns whether all went well."""
         try:
             async with server.commands:
                 clone = server.group.clones.get(name)
                 if clone is None:
-                    return
+                    return True
                 if clone.state is CloneState.RESTORING:
                     await self._complete_restore(server, name)
                 elif clone.state is CloneState.SYNCHRONIZING:
                     await self._complete_sync(server, name)
         except ClonefsError as error:
             server.fault(name, error.reason)
-            await trio.sleep(1)  # nothing wakes us when a device is mended
+            await trio.sleep(RETRY)  # nothing wakes us when a device is mended
+            return False
+        return True
 
     async def _complete_restore(self, server: GroupServer, name: str) -> None:
         """D7. Most of the flush is done before the group is held."""
-        await server.source.flush()
+        await server.flush_source()
         async with server.held():
             if server.group.next_pending(0, server.group.geometry.extents) >= 0:
                 return
-            await server.source.flush()
+            await server.flush_source()
             server.group.drop_protected_delta()
             await server.change(lambda record: transitions.complete_restore(record, name))
 
@@ -497,6 +533,7 @@ class StorageSystem:
         if server.group.clones[name].record.then_fracture:
             await self._flush_mirrored(server, [name])
         async with server.held():
+            await self._copy_hot_extents(server, name)
             clone = server.group.clones[name]
             if clone.state is not CloneState.SYNCHRONIZING or clone.delta.count:
                 return
@@ -512,6 +549,22 @@ class StorageSystem:
             if clone.record.then_fracture:
                 await self._flush_mirrored(server, [name])
             await server.change(change)
+
+    async def _copy_hot_extents(self, server: GroupServer, name: str) -> None:
+        """Extents that hosts write to all the time are never free to be copied but now, while the
+        group is held. They are few, or the engine would have found some of them free."""
+        group = server.group
+        clone = group.clones[name]
+        if group.restoring is not None or clone.delta.count > HOT_EXTENTS:
+            return
+        while (claim := group.claim_sync(clone, 0, lambda at: 1)) is not None:
+            copied = False
+            try:
+                offset, length = group.geometry.bytes_of(claim.first, claim.stop)
+                await server.unit(clone).copy_from(server.source, offset, length)
+                copied = True
+            finally:
+                group.end_copy(claim, copied=copied)
 
 
 def check_name(name: str, *, reserved: str) -> None:

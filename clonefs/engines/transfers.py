@@ -10,7 +10,7 @@ from clonefs.engines.server import GroupServer
 AT_ONCE = 4
 RUN = 1 << 20  # bytes that are copied at a time: hosts that need one of them wait for all
 
-Complete = Callable[[GroupServer, str], Awaitable[None]]
+Complete = Callable[[GroupServer, str], Awaitable[bool]]
 
 
 class Transfers:

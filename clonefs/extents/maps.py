@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bitarray import bitarray, frozenbitarray
+from bitarray.util import count_and
 
 
 class Run(NamedTuple):
@@ -76,6 +77,12 @@ class ExtentMap:
         if other.count:
             self.bits |= other.bits
             self.count = self.bits.count(1, 0, self.extents)
+
+    def count_common(self, other: "ExtentMap") -> int:
+        """How many bits are set here and in `other`, a map of as many extents."""
+        if not self.count or not other.count:
+            return 0
+        return count_and(self.bits, other.bits)
 
     def next_set(self, start: int, stop: int) -> int:
         """The first extent of [start, stop) whose bit is set, or -1."""

@@ -6,11 +6,12 @@ an errno here; an exception that got out would end the mount.
 """
 
 import errno
+import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -34,17 +35,39 @@ from clonefs.units import Buffer
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Handler = Callable[P, Coroutine[Any, Any, T]]
+
 MAXIMUM_COMMAND = 16 << 10
+
+
+def guarded(handler: Handler[P, T]) -> Handler[P, T]:
+    """An exception that got out of a handler would end the mount: whatever it is becomes an errno."""
+
+    @functools.wraps(handler)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(*args, **kwargs)
+        except FUSEError:
+            raise
+        except ClonefsError as error:
+            raise FUSEError(error.errno) from None
+        except Exception:
+            _broken(handler.__name__)
+
+    return call
 
 
 @dataclass(slots=True)
 class LuHandle:
-    """An open LU file. `sync`: opened with O_SYNC or O_DSYNC."""
+    """An open LU file. `sync`: opened with O_SYNC or O_DSYNC; `truncating`: with O_TRUNC."""
 
     group: str
     name: str
     lu: HostLu
     sync: bool
+    truncating: bool
 
 
 @dataclass(slots=True)
@@ -52,7 +75,7 @@ class ControlHandle:
     """An open control file with what it shows: the state at the moment of open."""
 
     node: Node
-    content: Content
+    content: Content | bytes
 
 
 class Operations(pyfuse3.Operations):
@@ -83,6 +106,7 @@ class Operations(pyfuse3.Operations):
 
     # The tree
 
+    @guarded
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: pyfuse3.RequestContext
     ) -> EntryAttributes:
@@ -91,6 +115,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENOENT)
         return self._tree.attributes(node)
 
+    @guarded
     async def getattr(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> EntryAttributes:
         return self._tree.attributes(self._node(inode))
 
@@ -100,6 +125,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE)
         return node
 
+    @guarded
     async def setattr(
         self,
         inode: InodeT,
@@ -115,10 +141,12 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         return self._tree.attributes(node)
 
+    @guarded
     async def opendir(self, inode: InodeT, ctx: pyfuse3.RequestContext) -> FileHandleT:
         self._node(inode)
         return FileHandleT(inode)
 
+    @guarded
     async def readdir(self, fh: FileHandleT, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         node = self._tree.node(InodeT(fh))
         children = self._tree.children(node) if node else []
@@ -140,6 +168,7 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: object) -> None:
         pass  # numbers are kept: they are few, and never used again for something else
 
+    @guarded
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
         volume = self._control.system.volume
         data = pyfuse3.StatvfsData()
@@ -152,6 +181,7 @@ class Operations(pyfuse3.Operations):
 
     # Open files
 
+    @guarded
     async def open(self, inode: InodeT, flags: FlagT, ctx: pyfuse3.RequestContext) -> FileInfo:
         node = self._node(inode)
         if node.lu is not None:
@@ -171,7 +201,7 @@ class Operations(pyfuse3.Operations):
             self._refresh(group, name)
         handle = self._new_handle()
         sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
-        self._lus[handle] = LuHandle(group, name, lu, sync)
+        self._lus[handle] = LuHandle(group, name, lu, sync, bool(flags & os.O_TRUNC))
         cached = self._options.cached and name == SOURCE
         return FileInfo(fh=handle, direct_io=not cached, keep_cache=cached)
 
@@ -200,12 +230,16 @@ class Operations(pyfuse3.Operations):
         self._controls.pop(fh, None)
 
     async def flush(self, fh: FileHandleT) -> None:
-        pass
+        handle = self._lus.get(fh)
+        if handle is not None and handle.truncating:
+            handle.truncating = False
+            self._refresh(handle.group, handle.name)
 
+    @guarded
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         handle = self._lus.get(fh)
         if handle is not None:
-            await self._guard(handle.lu.flush())
+            await handle.lu.flush()
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]
         handle = self._lus.get(fh)
@@ -252,22 +286,28 @@ class Operations(pyfuse3.Operations):
 
     # Control files
 
+    @guarded
     async def _read_control(self, fh: FileHandleT, off: int, size: int) -> bytes:
         handle = self._controls[fh]
         if handle.node.name == "events" and not handle.node.where:
             return bytes(self._control.events[off : off + size])
         if callable(handle.content):
             handle.content = await trio.to_thread.run_sync(handle.content)
-        return handle.content.encode()[off : off + size]
+        if isinstance(handle.content, str):
+            # A path may have bytes that are no text.
+            handle.content = handle.content.encode(errors="surrogateescape")
+        return handle.content[off : off + size]
 
     async def _write_control(self, fh: FileHandleT, buf: bytes) -> int:
         node = self._controls[fh].node
         assert node.control is not None
         assert node.control.write is not None
+        if self._tree.node(node.inode) is None:  # removed since it was opened, or another by now
+            raise FUSEError(errno.ENOENT)
         try:
             if len(buf) > MAXIMUM_COMMAND:
                 raise ClonefsError(errno.EINVAL, "a command is one line, and shorter than this")
-            await node.control.write(self._control, node.where, os.fsdecode(buf))
+            await node.control.write(self._control, node.where, _text(buf))
         except ClonefsError as error:
             self._refused(node.where, error)
         except Exception:
@@ -279,14 +319,6 @@ class Operations(pyfuse3.Operations):
         """Leave the sentence in the `error` file of the directory."""
         self._control.errors[where] = error.reason
         raise FUSEError(error.errno) from None
-
-    async def _guard(self, work: Awaitable[None]) -> None:
-        try:
-            await work
-        except ClonefsError as error:
-            raise FUSEError(error.errno) from None
-        except Exception:
-            _broken("flush")
 
     # What the tree does not have
 
@@ -353,6 +385,13 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
+
+
+def _text(buf: bytes) -> str:
+    try:
+        return buf.decode()
+    except UnicodeDecodeError:
+        raise ClonefsError(errno.EINVAL, "a command is UTF-8 text, and this is not") from None
 
 
 def _broken(what: str) -> NoReturn:

@@ -27,6 +27,7 @@ from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
 
 MapOf = Callable[[MapSlot, int], ExtentMap]
+Most = Callable[[int], int]
 
 
 @dataclass(slots=True, eq=False)
@@ -130,18 +131,8 @@ class CloneGroup:
         """How many extents are pending."""
         if self.restoring is None:
             return 0
-        # P and D have a bit in common only after a crash, or for an instant.
-        count = self.restoring.delta.count
-        if not count or not self.protected.count:
-            return count
-        return sum(run.stop - run.first for run in self._pending_runs())
-
-    def _pending_runs(self) -> Iterable[Run]:
-        first = self.next_pending(0, self.geometry.extents)
-        while first >= 0:
-            run = self.pending_run(first, self.geometry.extents)
-            yield run
-            first = self.next_pending(run.stop, self.geometry.extents)
+        delta, protected = self.restoring.delta, self.protected
+        return delta.count - delta.count_common(protected)
 
     # Host reads of the Source
 
@@ -279,25 +270,27 @@ class CloneGroup:
             return None
         return self._claim_from_clone(Run(extent, extent + 1), Engine.COD)
 
-    def claim_restore(self, start: int, most: int) -> Claim | None:
-        """Claim the next run of at most `most` pending extents from `start` for the Sync Engine."""
+    def claim_restore(self, start: int, most: Most) -> Claim | None:
+        """Claim the next pending extents from `start` for the Sync Engine: a run of at most
+        `most(its first extent)`."""
         at = start
         while (at := self.next_pending(at, self.geometry.extents)) >= 0:
-            run = self.pending_run(at, min(at + most, self.geometry.extents))
+            run = self.pending_run(at, min(at + most(at), self.geometry.extents))
             free = self.scoreboard.free_run(*run)
             if free.stop > free.first:
                 return self._claim_from_clone(free, Engine.SYNC)
             at = self._after_claim(at)
         return None
 
-    def claim_sync(self, clone: Clone, start: int, most: int) -> Claim | None:
-        """Claim the next run of at most `most` extents that differ, to be copied to `clone`.
+    def claim_sync(self, clone: Clone, start: int, most: Most) -> Claim | None:
+        """Claim the next extents from `start` that differ, to be copied to `clone`: a run of at most
+        `most(its first extent)`.
 
         Extents that are pending, claimed, or being written to are passed over.
         """
         at = start
         while (at := clone.delta.next_set(at, self.geometry.extents)) >= 0:
-            stop = clone.delta.next_clear(at, min(at + most, self.geometry.extents))
+            stop = clone.delta.next_clear(at, min(at + most(at), self.geometry.extents))
             free = self.scoreboard.free_run(at, stop)
             stop = min(free.stop, self.writes.first_in(at, stop))
             pending = self.next_pending(at, stop)
@@ -342,6 +335,28 @@ class CloneGroup:
         assert self.restoring is not None
         assert self.next_pending(0, self.geometry.extents) < 0
         self.restoring.delta.clear_all()
+
+    def being_copied(self, clone: Clone) -> bool:
+        """Whether somebody has claimed an extent that still differs in `clone`."""
+        return any(clone.delta.next_set(claim.first, claim.stop) >= 0 for claim in self.scoreboard)
+
+    def distrust(self, name: str | None) -> None:
+        """A flush has failed, of the clone `name` or of the Source (None): nobody knows what of the
+        bytes is left, so every extent may differ (D10). P is left alone: what a host wrote during a
+        restore may be lost, but must not be overwritten."""
+        for clone in self.clones.values():
+            if name is None or clone.name == name:
+                clone.delta.mark_all()
+
+    def changes_maps(self, offset: int, length: int) -> bool:
+        """Whether a host write to the Source would have to change a map."""
+        first, stop = self.geometry.extents_of(offset, length)
+        if self.mirrored or self.next_pending(first, stop) >= 0:
+            return True
+        maps = [clone.delta for clone in self.split]
+        if self.restoring is not None:
+            maps.append(self.protected)
+        return any(each.next_clear(first, stop) < stop for each in maps)
 
     def split_off(self, record: GroupRecord, name: str) -> None:
         """A mirrored clone has failed and is split off at once, with writes under way: what they

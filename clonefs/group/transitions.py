@@ -48,6 +48,7 @@ TABLE: dict[Command, dict[CloneState, CloneState]] = {
         _S.SYNCHRONIZING: _S.OUT_OF_SYNC,
         _S.FRACTURED: _S.FRACTURED,
         _S.RESTORING: _S.REVERSE_OUT_OF_SYNC,
+        _S.REVERSE_OUT_OF_SYNC: _S.REVERSE_OUT_OF_SYNC,
     },
     Command.PROTECTED_RESTORE: {
         _S.FRACTURED: _S.RESTORING,
@@ -205,6 +206,15 @@ def complete_restore(group: GroupRecord, name: str) -> GroupRecord:
 def written(group: GroupRecord, name: str) -> GroupRecord:
     """A host is about to write to a fractured clone for the first time."""
     return group.with_clone(replace(clone_named(group, name), written=True))
+
+
+def recovered(group: GroupRecord, delta_counts: dict[str, int]) -> GroupRecord:
+    """The group after a death of the daemon (D9): a mirrored clone whose Delta Map is not empty is
+    synchronizing, whatever it was."""
+    for clone in group.clones:
+        if clone.state is _S.SYNCHRONIZED and delta_counts[clone.name]:
+            group = no_longer_equal(group, clone.name, delta_counts[clone.name])
+    return group
 
 
 def without_trust(group: GroupRecord) -> GroupRecord:

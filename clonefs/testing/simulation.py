@@ -12,6 +12,7 @@ import importlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import trio
 import trio.testing
@@ -129,7 +130,7 @@ class Simulation:
 
 def _deterministic_trio(seed: int) -> None:
     """Trio shuffles what is ready to run. It has a switch for this, meant for test libraries."""
-    trio_run = importlib.import_module("trio._core._run")
+    trio_run: Any = importlib.import_module("trio._core._run")
     trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True
     trio_run._r.seed(seed)
 
@@ -143,7 +144,7 @@ def run_simulation(plan: Plan) -> Report:
     for content in disks.values():  # different everywhere, and a hole now and then
         for _ in range(simulation.size // SECTOR):
             simulation.stamp += 1
-            content += stamp(simulation.stamp if rng.random() < 0.8 else 0)
+            content.extend(stamp(simulation.stamp if rng.random() < 0.8 else 0))
     simulation.source = Register("the Source", stamps(disks["source"]), simulation.tick())
     volume = bytearray(VOLUME)
     first = World(rng, volume=volume)
@@ -382,7 +383,7 @@ class _Life:
                 clone.state in (CloneState.SYNCHRONIZING, CloneState.RESTORING)
                 for clone in self._group.clones.values()
             ):
-                await trio.sleep(0.1)
+                await self.system.server(GROUP).progress()
         if self.world.frozen is None:
             contents = {name: disk.content for name, disk in self.world.disks.items()}
             _look(self.s, self._group, contents, "at the end")
@@ -428,7 +429,9 @@ def _look_at_what_is_left(s: Simulation, disks: dict[str, bytearray], volume: by
     for register, begun in s.under_way:
         register.give_up(begun, s.tick())
     s.under_way.clear()
-    opened = MetadataVolume(SimulatedMedium(World(random.Random(0), volume=bytearray(volume))), BOOT)
+    opened = MetadataVolume(
+        SimulatedMedium(World(random.Random(0), volume=bytearray(volume))), BOOT
+    )
     groups = [CloneGroup(record, opened.map) for record in opened.record.groups]
     if not groups or s.source is None:
         return

@@ -78,6 +78,7 @@ class SimulatedUnit:
         self.name = name
         self.size = len(content)
         self.content = content
+        self.sparse = True
         self._under_way: list[WriteUnderWay] = []
         world.disks[name] = self
 

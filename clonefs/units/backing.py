@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 
@@ -42,7 +43,9 @@ class BackingUnit:
         self._threads = trio.CapacityLimiter(THREADS)
         self._nowait_reads = True
         self._inline = InlineWrites()
+        self._flushing = threading.Lock()
         self._flush_failed: DeviceError | None = None
+        self.sparse = not is_device
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         if not self._nowait_reads:
@@ -70,12 +73,7 @@ class BackingUnit:
             while done < length:
                 count = os.preadv(self.fd, (view[done:],), offset + done)
                 if count == 0:
-                    raise DeviceError(
-                        errno.EIO,
-                        f"{self.name} ends at byte {offset + done}, but must hold {self.size}: "
-                        f"somebody has cut it short",
-                        self.name,
-                    )
+                    raise self._too_short(offset + done)
                 done += count
         except OSError as error:
             raise self._error("read", offset, length, error) from error
@@ -116,6 +114,7 @@ class BackingUnit:
 
     def _copy_from(self, origin: "BackingUnit", offset: int, length: int) -> None:
         end = offset + length
+        origin._check_length(end)
         while offset < end:
             data = min(origin._seek_data(offset), end)
             if data > offset:
@@ -125,6 +124,17 @@ class BackingUnit:
                 self._copy_data(origin, data, hole - data)
                 data = hole
             offset = data
+
+    def _check_length(self, end: int) -> None:
+        """A backing that somebody has cut short has no hole at its end: its bytes are gone."""
+        if not self._is_device and (held := os.fstat(self.fd).st_size) < end:
+            raise self._too_short(held)
+
+    def _too_short(self, held: int) -> DeviceError:
+        reason = (
+            f"{self.name} ends at byte {held}, but must hold {self.size}: somebody has cut it short"
+        )
+        return DeviceError(errno.EIO, reason, self.name)
 
     def _copy_data(self, origin: "BackingUnit", offset: int, length: int) -> None:
         end = offset + length
@@ -174,27 +184,33 @@ class BackingUnit:
         await trio.to_thread.run_sync(self._flush, limiter=self._threads)
 
     def _flush(self) -> None:
-        if self._flush_failed is not None:
-            raise self._flush_failed
-        try:
-            os.fdatasync(self.fd)
-        except OSError as error:
-            self._flush_failed = DeviceError(
-                error.errno or errno.EIO,
-                f"flushing {self.name} failed ({error.strerror}): what was written to it since the "
-                f"last flush may be lost; look at the device, then unmount and mount again",
-                self.name,
-            )
-            raise self._flush_failed from error
+        # The kernel tells an error to one of those who flush at the same time: one at a time.
+        with self._flushing:
+            if self._flush_failed is not None:
+                raise self._flush_failed
+            try:
+                os.fdatasync(self.fd)
+            except OSError as error:
+                self._flush_failed = DeviceError(
+                    errno.EIO,
+                    f"flushing {self.name} failed ({error.strerror}): what was written to it since "
+                    f"the last flush may be lost; look at the device, then unmount and mount again",
+                    self.name,
+                )
+                raise self._flush_failed from error
 
     async def data_from(self, offset: int) -> int:
         return await trio.to_thread.run_sync(self._seek_data, offset, limiter=self._threads)
 
     def allocated(self) -> int:
-        return self.size if self._is_device else os.fstat(self.fd).st_blocks * 512
+        try:
+            return self.size if self._is_device else os.fstat(self.fd).st_blocks * 512
+        except OSError:  # a network file system that is gone; reads and writes say so
+            return 0
 
     def close(self) -> None:
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1  # a number that the next open file gets must not be used again
+        os.close(fd)
 
     def discard(self) -> None:
         self.close()
@@ -267,7 +283,10 @@ def open_backing(
     fd = _open(path, os.O_RDWR | (os.O_EXCL if is_device else 0))
     try:
         _lock(fd, path)
-        held = os.lseek(fd, 0, os.SEEK_END)
+        try:
+            held = os.lseek(fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise _refused(path, error) from error
         if size is not None and held < size:
             raise invalid(
                 f"{path} has {format_size(held)}, but at least {format_size(size)} are needed"
@@ -285,6 +304,8 @@ def _create(path: Path, size: int) -> BackingUnit:
     try:
         _lock(fd, path)
         os.ftruncate(fd, size)
+        os.fsync(fd)  # the command that creates it is durable when it returns
+        _sync_directory(path.parent)
         return BackingUnit(fd, str(path), size, is_device=False, created=True)
     except BaseException as error:
         os.close(fd)
@@ -292,6 +313,14 @@ def _create(path: Path, size: int) -> BackingUnit:
         if isinstance(error, OSError):
             raise _refused(path, error) from error
         raise
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _open(path: Path, flags: int) -> int:
@@ -309,6 +338,8 @@ def _lock(fd: int, path: Path) -> None:
             f"{path} is in use: by a group or a clone of this mount or another, or as a metadata "
             f"volume"
         ) from None
+    except OSError as error:
+        raise _refused(path, error) from error
 
 
 def _refused(path: Path, error: OSError) -> ClonefsError:

@@ -14,6 +14,7 @@ class MissingUnit:
         self.name = name
         self.size = size
         self.reason = reason
+        self.sparse = False
 
     def _fail(self) -> NoReturn:
         raise DeviceError(errno.EIO, self.reason, self.name)

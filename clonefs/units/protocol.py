@@ -18,6 +18,7 @@ class LogicalUnit(Protocol):
 
     size: int
     name: str
+    sparse: bool  # whether it can have holes; if not, a hole is copied as zeros
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         """`length` bytes from `offset`, or None if that would have to wait."""

@@ -75,6 +75,7 @@ class MetadataVolume:
         try:
             self._medium.write_durably(self.superblock.record_slot(generation), slot)
         except ClonefsError as error:
+            self._spoil(generation)
             self._broken = failed(
                 f"the metadata volume cannot be written ({error.reason}): no state can change until "
                 f"it is mended and mounted again"
@@ -82,6 +83,17 @@ class MetadataVolume:
             raise self._broken from error
         self.generation = generation
         self.record = record
+
+    def _spoil(self, generation: int) -> None:
+        """The record that could not be written must not be found later: what it says has not
+        happened. If this fails too, only refusing whatever changes a map keeps the promise."""
+        with contextlib.suppress(ClonefsError):
+            self._medium.write_durably(self.superblock.record_slot(generation), bytes(PAGE))
+
+    @property
+    def broken(self) -> ClonefsError | None:
+        """Why nothing can be committed any more; then no map may change either."""
+        return self._broken
 
     def map(self, slot: MapSlot, extents: int) -> ExtentMap:
         """The live map in `slot`; the same object each time."""

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from clonefs.volume import format_volume, open_volume, was_closed_cleanly
+from clonefs.volume import MapSlot, format_volume, open_volume, was_closed_cleanly
 
 T = TypeVar("T")
 
@@ -336,6 +336,18 @@ class Mount:
         assert self.wait_for_end() == -signal.SIGKILL
         run("umount", "--lazy", self.mountpoint)
 
+    def start_over_dead(self) -> None:
+        """Mount where a dead mount still is."""
+        self._launch()
+        wait_for(lambda: not self._is_dead() and self._is_there(), "for the tree")
+
+    def _is_dead(self) -> bool:
+        try:
+            os.statvfs(self.mountpoint)
+        except OSError as error:
+            return error.errno in _DEAD_MOUNT
+        return False
+
     def start_and_kill(self, delay_s: float) -> None:
         """Begin to mount, and kill the daemon wherever it is then."""
         self._launch()
@@ -452,24 +464,34 @@ class Mount:
 
     # Behind the tree, while nobody has the volume mounted
 
-    def maps_on_the_volume(self, group: str) -> dict[str, set[int]]:
-        """The Delta Map of each clone by name, and under "" the Protected Restore Map."""
+    def look_behind(self, group: str) -> "Remembered":
+        """What the volume remembers of a group."""
         assert self.process is None
         volume = open_volume(self.meta)
         try:
             record = next(each for each in volume.record.groups if each.name == group)
             extents = -(-record.size // record.extent_size)
-            slots = {"": record.protected} | {each.name: each.delta for each in record.clones}
-            return {
-                name: {
-                    extent
-                    for first, stop in volume.map(slot, extents).runs()
-                    for extent in range(first, stop)
-                }
-                for name, slot in slots.items()
-            }
+
+            def bits(slot: MapSlot) -> set[int]:
+                runs = volume.map(slot, extents).runs()
+                return {extent for first, stop in runs for extent in range(first, stop)}
+
+            return Remembered(
+                {clone.name: str(clone.state) for clone in record.clones},
+                {clone.name: bits(clone.delta) for clone in record.clones},
+                bits(record.protected),
+            )
         finally:
             volume.close(clean=False)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """States and Delta Maps by the names of the clones, and the Protected Restore Map."""
+
+    states: dict[str, str]
+    delta: dict[str, set[int]]
+    protected: set[int]
 
 
 def kill_all_daemons() -> None:

@@ -22,7 +22,6 @@ from tests.mounts.mount import (
     assert_same,
     differing,
     noise,
-    opened,
     read,
     wait_for,
     write,
@@ -64,7 +63,7 @@ def test_killed_during_syncs(mount: Mount, rng: random.Random, rng_seed: str) ->
         clone.sync()
         writer = writer_on(group, data, f"{rng_seed} {number}")
         kill_under(mount, writer, rng)
-        maps = mount.maps_on_the_volume(group.name)
+        maps = mount.look_behind(group.name).delta
         assert differences(group, clone) <= maps["nightly"], f"round {number}"
         assert differences(group, equal) <= maps["equal"], f"round {number}"
         assert maps["equal"] <= writer.extents_in_doubt(), f"round {number}"
@@ -119,12 +118,17 @@ def test_killed_during_protected_restores(mount: Mount, rng: random.Random, rng_
 def _check_the_maps_of_a_restore(
     mount: Mount, clone: Clone, written: set[int], in_doubt: set[int]
 ) -> None:
-    """What is pending, what is protected, and what is equal: each extent is one of the three."""
-    maps = mount.maps_on_the_volume(clone.group.name)
-    protected, delta = maps[""], maps[clone.name]
-    assert written <= protected <= written | in_doubt
+    """An extent is pending, protected, or equal. If the restore had just ended, the Protected
+    Restore Map is the Delta Map already."""
+    found = mount.look_behind(clone.group.name)
+    delta, protected = found.delta[clone.name], found.protected
     assert differences(clone.group, clone) <= delta | protected
-    assert not delta & written, "an extent that was written is not pending"
+    if found.states[clone.name] == "restoring":
+        assert not delta & written, "an extent that was written is not pending"
+    else:
+        assert not protected
+        protected = delta
+    assert written <= protected <= written | in_doubt
 
 
 def test_killed_while_clones_are_split(mount: Mount, rng: random.Random, rng_seed: str) -> None:
@@ -146,7 +150,7 @@ def test_killed_while_clones_are_split(mount: Mount, rng: random.Random, rng_see
         to_own.failed()
         marked |= to_source.written
         in_doubt |= to_source.extents_in_doubt()
-        maps = mount.maps_on_the_volume(group.name)
+        maps = mount.look_behind(group.name).delta
         for clone in (mirror, split, own):
             assert differences(group, clone) <= maps[clone.name], f"{clone.name}, round {number}"
         assert maps["mirror"] <= to_source.extents_in_doubt()
@@ -181,8 +185,8 @@ def test_killed_during_a_command(mount: Mount, rng: random.Random, words: str) -
         before, after = _prepare(clone, words)
         returned = _kill_during(mount, clone, words, rng.random() * 0.01)
         differ = differences(group, clone)
-        maps = mount.maps_on_the_volume(group.name)
-        assert differ <= maps["nightly"] | maps[""]
+        found = mount.look_behind(group.name)
+        assert differ <= found.delta["nightly"] | found.protected
         mount.start()
         assert clone.state in (after if returned else before | after)
         if clone.state == "restoring":
@@ -244,14 +248,19 @@ def test_killed_with_descriptors_open_they_fail_and_the_next_mount_goes_on(mount
     data = noise("data", SIZE)
     group = mount.add_group(data=data, extent=EXTENT)
     clone = group.add_clone()
-    with opened(group.source, os.O_RDWR) as old:
-        os.pwrite(old, b"acknowledged", 1000)
-        mount.kill()
-        for request in (lambda: os.pread(old, 10, 0), lambda: os.pwrite(old, b"x", 0)):
-            with pytest.raises(OSError) as failure:
-                request()
-            assert failure.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-        mount.start()
+    old = os.open(group.source, os.O_RDWR)
+    os.pwrite(old, b"acknowledged", 1000)
+    mount.kill()
+    for request in (
+        lambda: os.pread(old, 10, 0),
+        lambda: os.pwrite(old, b"x", 0),
+        lambda: os.fsync(old),
+        lambda: os.close(old),
+    ):
+        with pytest.raises(OSError) as failure:
+            request()
+        assert failure.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    mount.start()
     assert read(group.source, 1000, 12) == b"acknowledged"
     assert read(clone.path, 1000, 12) == b"acknowledged"
     assert clone.state == "synchronized"
@@ -291,7 +300,7 @@ def test_a_mirrored_write_that_was_cut_off_is_made_equal(
     for number in range(ROUNDS):
         writer = writer_on(group, data, f"{rng_seed} {number}")
         kill_under(mount, writer, rng)
-        maps = mount.maps_on_the_volume(group.name)
+        maps = mount.look_behind(group.name).delta
         for clone in clones:
             assert differences(group, clone) <= maps[clone.name] <= writer.extents_in_doubt()
         cut_off += any(maps[clone.name] for clone in clones)
