@@ -45,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def rng_seed(request: pytest.FixtureRequest) -> str:
     """A seed that follows from the seed of the run and the name of the test."""
     seed = f"{request.config.stash[_SEED]} {request.node.name}"
-    print(f"random numbers from the seed {seed!r}; the run has --seed={request.config.stash[_SEED]}")
+    print(
+        f"random numbers from the seed {seed!r}; the run has --seed={request.config.stash[_SEED]}"
+    )
     return seed
 
 

@@ -4,10 +4,12 @@ A mutant is a patch of the real code. For each, seeds are run until one of them 
 that survives them all means that the simulator would not notice that rule being broken.
 """
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sized
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+import trio
 
 from clonefs.engines import StorageSystem
 from clonefs.engines.gate import Gate
@@ -20,6 +22,7 @@ from clonefs.volume import GroupRecord
 
 SEEDS = 150
 
+Most = Callable[[int], int]
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
 
@@ -28,9 +31,7 @@ def source_write_unmarked(patch: Patch) -> None:
     """L1: a host write to the Source does not mark the split clones."""
 
     def admit(self: CloneGroup, offset: int, length: int) -> bool:
-        if self.mirrored or self.restoring is not None:
-            return False
-        return True
+        return not self.mirrored and self.restoring is None
 
     patch.setattr(CloneGroup, "admit_simple_write", admit)
 
@@ -81,9 +82,11 @@ def claims_do_not_hold(patch: Patch) -> None:
             inner.setattr(
                 CodScoreboard,
                 "overlapping",
-                lambda board, first, stop: None
-                if not self.next_pending(first, stop) >= 0
-                else overlapping(board, first, stop),
+                lambda board, first, stop: (
+                    None
+                    if not self.next_pending(first, stop) >= 0
+                    else overlapping(board, first, stop)
+                ),
             )
             return original(self, offset, length)
 
@@ -104,7 +107,7 @@ def cleared_before_the_copy(patch: Patch) -> None:
     """L4: D[c] is cleared before the copy is complete."""
     original = CloneGroup.claim_restore
 
-    def claim(self: CloneGroup, start: int, most: int) -> Claim | None:
+    def claim(self: CloneGroup, start: int, most: Most) -> Claim | None:
         made = original(self, start, most)
         if made is not None and self.restoring is not None:
             self.restoring.delta.clear(made.first, made.stop)
@@ -160,7 +163,7 @@ def sync_passes_a_restore(patch: Patch) -> None:
     """L6: a mirrored clone is copied to from extents that are still pending."""
     original = CloneGroup.claim_sync
 
-    def claim(self: CloneGroup, clone: Clone, start: int, most: int) -> Claim | None:
+    def claim(self: CloneGroup, clone: Clone, start: int, most: Most) -> Claim | None:
         restoring, self.restoring = self.restoring, None
         try:
             return original(self, clone, start, most)
@@ -172,8 +175,18 @@ def sync_passes_a_restore(patch: Patch) -> None:
 
 def nobody_is_drained(patch: Patch) -> None:
     """D3, D4: requests under way are not waited for."""
-    patch.setattr(Gate, "leave", lambda self: None)
-    patch.setattr(Gate, "inside", property(lambda self: 0, lambda self, value: None), raising=False)
+
+    @asynccontextmanager
+    async def hold(self: Gate, scoreboard: Sized) -> AsyncIterator[None]:
+        self.held = True
+        try:
+            await trio.sleep(0.0001)  # virtual time: a loop of holds must not stand still
+            yield
+        finally:
+            self.held = False
+            self._arrivals.unpark_all()
+
+    patch.setattr(Gate, "hold", hold)
 
 
 def not_split_at_a_restore(patch: Patch) -> None:

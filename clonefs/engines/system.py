@@ -555,9 +555,16 @@ class StorageSystem:
         group is held. They are few, or the engine would have found some of them free."""
         group = server.group
         clone = group.clones[name]
-        if group.restoring is not None or clone.delta.count > HOT_EXTENTS:
+        if (
+            clone not in group.mirrored  # it may have failed while the group was drained
+            or group.restoring is not None
+            or clone.delta.count > HOT_EXTENTS
+        ):
             return
-        while (claim := group.claim_sync(clone, 0, lambda at: 1)) is not None:
+        for _ in range(clone.delta.count):
+            claim = group.claim_sync(clone, 0, lambda at: 1)
+            if claim is None:
+                return
             copied = False
             try:
                 offset, length = group.geometry.bytes_of(claim.first, claim.stop)

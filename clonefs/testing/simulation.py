@@ -10,6 +10,8 @@ death, and at the end, the disks and the maps are looked at as they lie there:
 
 import importlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ CLONES = ("a", "b", "c")
 EXTENT = 4096
 VOLUME = 1 << 20
 BOOT = "this boot"
+A_LONG_TIME = 24 * 3600.0  # virtual seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,15 @@ class Simulation:
         return self.now
 
 
+@contextmanager
+def _must_end(seconds: float) -> Iterator[None]:
+    """Whatever happens comes to an end: nobody waits for ever."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Violation(f"nothing has moved for so long that {seconds} seconds went by")
+
+
 def _deterministic_trio(seed: int) -> None:
     """Trio shuffles what is ready to run. It has a switch for this, meant for test libraries."""
     trio_run: Any = importlib.import_module("trio._core._run")
@@ -207,7 +219,7 @@ class _Life:
             on_event=lambda _line: self._observe(),
             run=2 * EXTENT,
         )
-        with trio.CancelScope() as self.world.scope:
+        with trio.CancelScope() as self.world.scope, _must_end(A_LONG_TIME):
             async with trio.open_nursery() as nursery:
                 await self.system.start(nursery)
                 await self._set_up()
@@ -378,12 +390,11 @@ class _Life:
         self.world.fault_rate = 0.0
         for name in CLONES:
             await self.system.set_rate(GROUP, name, None)
-        with trio.fail_after(3600):
-            while any(
-                clone.state in (CloneState.SYNCHRONIZING, CloneState.RESTORING)
-                for clone in self._group.clones.values()
-            ):
-                await self.system.server(GROUP).progress()
+        while any(
+            clone.state in (CloneState.SYNCHRONIZING, CloneState.RESTORING)
+            for clone in self._group.clones.values()
+        ):
+            await self.system.server(GROUP).progress()
         if self.world.frozen is None:
             contents = {name: disk.content for name, disk in self.world.disks.items()}
             _look(self.s, self._group, contents, "at the end")
@@ -417,6 +428,9 @@ def _learn(
         s.source.check(0, content, since, now, f"the point in time of {name}")
         s.copies[name] = Register(name, content, now)
     elif state is CloneState.RESTORING:
+        mirrored = [other for other, its in s.states.items() if its in MIRRORED]
+        if mirrored:
+            raise Violation(f"{mirrored} were not split off when a restore from {name} began")
         s.source.all_at_once(content, now, s.tick())
     elif state is CloneState.REVERSE_OUT_OF_SYNC and was is CloneState.RESTORING:
         s.source.all_at_once(raw, now, now)  # part old, part clone: whatever lies there

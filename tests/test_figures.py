@@ -1,0 +1,188 @@
+"""The figures of the patent application, with the patent's own bits.
+
+Real group and engines over simulated units; extents are those of the figures, 0 to 7 (Fig. 6, 8).
+"""
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from clonefs.engines import Recorder, StorageSystem
+from clonefs.extents import extent_list
+from clonefs.group import CloneGroup
+from clonefs.testing.world import SimulatedMedium, SimulatedUnit, World
+from clonefs.units import LogicalUnit
+from clonefs.volume import CloneState, MetadataVolume, format_medium
+
+EXTENT = 4096
+EXTENTS = 8
+SIZE = EXTENT * EXTENTS
+
+
+def extent_of(letter: str) -> bytes:
+    return letter.encode() * EXTENT
+
+
+class Rig:
+    """A group over simulated disks."""
+
+    def __init__(self, system: StorageSystem, world: World) -> None:
+        self.system = system
+        self.world = world
+
+    @property
+    def group(self) -> CloneGroup:
+        return self.system.servers["group"].group
+
+    def delta(self, clone: str) -> str:
+        return extent_list(self.group.clones[clone].delta)
+
+    @property
+    def protected(self) -> str:
+        return extent_list(self.group.protected)
+
+    def content(self, disk: str) -> bytes:
+        return bytes(self.world.disks[disk].content)
+
+    async def write(self, first: int, data: bytes, *, offset: int = 0) -> None:
+        await self.system.sources["group"].write(first * EXTENT + offset, data)
+
+    async def read(self, first: int, count: int = 1) -> bytes:
+        return bytes(await self.system.sources["group"].read(first * EXTENT, count * EXTENT))
+
+    async def until(self, clone: str, state: CloneState) -> None:
+        while self.group.clones[clone].state is not state:
+            await self.system.servers["group"].progress()
+
+    async def start_restore_with_delta(self, clone: str, *extents: int) -> None:
+        """Fracture `clone`, write `extents` of the Source, restore, with the sweep held back."""
+        await self.system.fracture([("group", clone)])
+        for extent in extents:
+            await self.write(extent, extent_of("x"))
+        await self.system.protected_restore("group", clone)
+
+
+@asynccontextmanager
+async def rig(*clones: str) -> AsyncIterator[Rig]:
+    world = World(random.Random(0), volume=bytearray(1 << 20))
+    format_medium(SimulatedMedium(world), bytes(16))
+    for name in ("source", *clones):
+        content = b"".join(extent_of(letter) for letter in "abcdefgh")
+        SimulatedUnit(world, name, bytearray(content if name == "source" else bytes(SIZE)))
+
+    async def open_unit(
+        path: Path, *, create_size: int | None = None, size: int | None = None
+    ) -> LogicalUnit:
+        return world.disks[path.name]
+
+    async def nothing(_group: str) -> None:
+        pass
+
+    system = StorageSystem(
+        Recorder(MetadataVolume(SimulatedMedium(world), "boot")),
+        open_unit,
+        forget_pages=nothing,
+        wall_clock=trio.current_time,
+        on_event=lambda line: None,
+        run=EXTENT,
+    )
+    async with trio.open_nursery() as nursery:
+        await system.start(nursery)
+        await system.add_group("group", Path("/source"), size=None, extent_size=EXTENT)
+        made = Rig(system, world)
+        for name in clones:
+            await system.add_clone("group", name, Path(f"/{name}"), sync=True)
+            await made.until(name, CloneState.SYNCHRONIZED)
+        yield made
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture(autouse=True)
+def _virtual_time(autojump_clock: trio.testing.MockClock) -> None:
+    """Rates and delays cost nothing."""
+
+
+async def test_figure_6_three_host_writes() -> None:
+    """Bits 4 and 7 are set in the Delta Map; host writes to extents 0, 4 and 7."""
+    async with rig("clone") as r:
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 4, 7)
+            assert (r.delta("clone"), r.protected) == ("4,7", "")
+            # Write 1: no COD is required, and bit 0 is set in the Protected Restore Map.
+            await r.write(0, b"1" * 512)
+            assert (r.delta("clone"), r.protected) == ("4,7", "0")
+            assert r.system.servers["group"].counts.cod == 0
+            # Writes 2 and 3: a COD each; bits 4 and 7 are cleared, then set in the other map.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(r.write, 4, b"2" * 512)
+                nursery.start_soon(r.write, 7, b"3" * 512)
+            assert (r.delta("clone"), r.protected) == ("", "0,4,7")
+            assert r.system.servers["group"].counts.cod == 2
+        # What was not written in extents 4 and 7 is the clone's.
+        assert await r.read(4) == b"2" * 512 + extent_of("e")[512:]
+        assert await r.read(7) == b"3" * 512 + extent_of("h")[512:]
+        # The Sync Engine completes; the Protected Restore Map becomes the new Delta Map.
+        await r.until("clone", CloneState.FRACTURED)
+        assert (r.delta("clone"), r.protected) == ("0,4,7", "")
+        assert r.content("clone") == b"".join(extent_of(letter) for letter in "abcdefgh")
+
+
+async def test_figure_8_a_write_over_two_extents_with_a_second_clone() -> None:
+    """Bit 7 but not 6 is set in clone 22's Delta Map; clone 60 is fractured, its map empty."""
+    async with rig("clone22", "clone60") as r:
+        await r.system.fracture([("group", "clone22")])
+        await r.write(7, extent_of("x"))
+        await r.write(1, extent_of("y"))
+        await r.system.fracture([("group", "clone60")])
+        with hold_the_sweep(r):
+            await r.system.protected_restore("group", "clone22")
+            # L6: the restore will change the Source under clone 60.
+            assert (r.delta("clone22"), r.delta("clone60"), r.protected) == ("1,7", "1,7", "")
+            # Host write 1 covers the end of extent 6 and the beginning of extent 7.
+            await r.write(6, b"w" * 1024, offset=EXTENT - 512)
+            assert r.system.servers["group"].counts.cod == 1
+            assert r.protected == "6-7"
+            assert r.delta("clone22") == "1"
+            assert r.delta("clone60") == "1,6-7"
+        assert await r.read(6, 2) == (extent_of("g")[:-512] + b"w" * 1024 + extent_of("h")[512:])
+        await r.until("clone22", CloneState.FRACTURED)
+        assert r.delta("clone22") == "6-7"
+        assert r.content("clone22") == b"".join(extent_of(letter) for letter in "abcdefgh")
+
+
+async def test_a_write_of_whole_extents_needs_no_copy() -> None:
+    async with rig("clone") as r:
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 2, 3, 5)
+            await r.write(2, extent_of("W") * 2)
+            assert r.system.servers["group"].counts.cod == 0
+            assert (r.delta("clone"), r.protected) == ("5", "2-3")
+        await r.until("clone", CloneState.FRACTURED)
+        assert await r.read(0, 8) == b"".join(extent_of(letter) for letter in "abWWefgh")
+
+
+async def test_a_read_copies_and_leaves_the_protected_restore_map_alone() -> None:
+    async with rig("clone") as r:
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 3, 4)
+            assert await r.read(3) == extent_of("d")
+            assert (r.delta("clone"), r.protected) == ("4", "")
+            assert r.content("source")[3 * EXTENT : 4 * EXTENT] == extent_of("d")
+
+
+class hold_the_sweep:  # noqa: N801 - used like a function
+    """The Sync Engines copy nothing while the body runs: only the COD Engine does."""
+
+    def __init__(self, r: Rig) -> None:
+        self._group = r.group
+
+    def __enter__(self) -> None:
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr(type(self._group), "claim_restore", lambda *args: None)
+
+    def __exit__(self, *exc: object) -> None:
+        self._patch.undo()
