@@ -1,0 +1,120 @@
+"""The table of states and commands: every command in every state."""
+
+import itertools
+
+import pytest
+from msgspec.structs import replace
+
+from clonefs.errors import ClonefsError
+from clonefs.group import TABLE, Command, transitions
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
+
+S = CloneState
+
+# The contract, written out again: command, from, to. Every other pair is EBUSY.
+CONTRACT = {
+    (Command.SYNC, S.FRACTURED): S.SYNCHRONIZING,
+    (Command.SYNC, S.OUT_OF_SYNC): S.SYNCHRONIZING,
+    (Command.SYNC, S.SYNCHRONIZING): S.SYNCHRONIZING,
+    (Command.SYNC, S.SYNCHRONIZED): S.SYNCHRONIZED,
+    (Command.FRACTURE, S.SYNCHRONIZED): S.FRACTURED,
+    (Command.FRACTURE, S.SYNCHRONIZING): S.OUT_OF_SYNC,
+    (Command.FRACTURE, S.FRACTURED): S.FRACTURED,
+    (Command.FORCE_FRACTURE, S.SYNCHRONIZED): S.FRACTURED,
+    (Command.FORCE_FRACTURE, S.SYNCHRONIZING): S.OUT_OF_SYNC,
+    (Command.FORCE_FRACTURE, S.FRACTURED): S.FRACTURED,
+    (Command.FORCE_FRACTURE, S.RESTORING): S.REVERSE_OUT_OF_SYNC,
+    (Command.FORCE_FRACTURE, S.REVERSE_OUT_OF_SYNC): S.REVERSE_OUT_OF_SYNC,
+    (Command.PROTECTED_RESTORE, S.FRACTURED): S.RESTORING,
+    (Command.PROTECTED_RESTORE, S.REVERSE_OUT_OF_SYNC): S.RESTORING,
+    (Command.PROTECTED_RESTORE, S.RESTORING): S.RESTORING,
+    (Command.REMOVE, S.SYNCHRONIZED): S.SYNCHRONIZED,
+    (Command.REMOVE, S.FRACTURED): S.FRACTURED,
+    (Command.REMOVE, S.OUT_OF_SYNC): S.OUT_OF_SYNC,
+    (Command.REMOVE, S.REVERSE_OUT_OF_SYNC): S.REVERSE_OUT_OF_SYNC,
+}
+
+
+def group(**states: CloneState) -> GroupRecord:
+    clones = tuple(
+        CloneRecord(name, f"/{name}", state, MapSlot(4096 * number, 4096))
+        for number, (name, state) in enumerate(states.items(), 10)
+    )
+    return GroupRecord("g", "/s", 1 << 20, 65536, MapSlot(4096, 4096), MapSlot(8192, 4096), clones)
+
+
+@pytest.mark.parametrize(("command", "state"), list(itertools.product(Command, CloneState)))
+def test_every_command_in_every_state(command: Command, state: CloneState) -> None:
+    record = group(a=state)
+    expected = CONTRACT.get((command, state))
+    assert TABLE[command].get(state) is expected
+    if expected is None:
+        with pytest.raises(ClonefsError, match=f"g/a is {state}") as caught:
+            transitions.next_state(command, record, record.clone("a"))
+        assert caught.value.errno == 16
+    else:
+        assert transitions.next_state(command, record, record.clone("a")) is expected
+
+
+def test_a_restore_splits_off_what_is_mirrored() -> None:
+    record = group(a=S.FRACTURED, b=S.SYNCHRONIZED, c=S.SYNCHRONIZING, d=S.OUT_OF_SYNC)
+    after = transitions.begin_restore(
+        record,
+        "a",
+        to_copy=3,
+        equal=frozenset({"b"}),
+        protected=record.protected,
+        now=5.0,
+    )
+    assert [clone.state for clone in after.clones] == [
+        S.RESTORING,
+        S.FRACTURED,
+        S.OUT_OF_SYNC,
+        S.OUT_OF_SYNC,
+    ]
+    assert after.clone("b").fractured_at == 5.0
+    assert record.clone("b").state is S.SYNCHRONIZED
+
+
+def test_a_second_restore_is_refused_while_one_runs() -> None:
+    record = group(a=S.RESTORING, b=S.FRACTURED)
+    with pytest.raises(ClonefsError, match="from g/a is running"):
+        transitions.begin_restore(
+            record, "b", to_copy=0, equal=frozenset(), protected=record.protected, now=0.0
+        )
+
+
+def test_the_protected_restore_map_becomes_the_delta_map() -> None:
+    record = group(a=S.RESTORING)
+    after = transitions.complete_restore(record, "a")
+    assert after.clone("a").state is S.FRACTURED
+    assert (after.clone("a").delta, after.protected) == (record.protected, record.clone("a").delta)
+
+
+def test_a_mirrored_clone_that_differs_is_no_complete_copy() -> None:
+    record = group(a=S.SYNCHRONIZED)
+    after = transitions.fracture(record, ["a"], equal=frozenset(), now=1.0)
+    assert after.clone("a").state is S.OUT_OF_SYNC
+
+
+def test_recovery_of_maps_that_are_trusted() -> None:
+    record = group(a=S.SYNCHRONIZED, b=S.SYNCHRONIZED, c=S.FRACTURED)
+    after = transitions.recovered(record, {"a": 2, "b": 0, "c": 9})
+    assert [clone.state for clone in after.clones] == [
+        S.SYNCHRONIZING,
+        S.SYNCHRONIZED,
+        S.FRACTURED,
+    ]
+
+
+def test_recovery_without_trust() -> None:
+    record = group(a=S.SYNCHRONIZED, b=S.RESTORING, c=S.FRACTURED, d=S.SYNCHRONIZING)
+    after = transitions.without_trust(record)
+    assert [clone.state for clone in after.clones] == [
+        S.SYNCHRONIZING,
+        S.REVERSE_OUT_OF_SYNC,
+        S.FRACTURED,
+        S.SYNCHRONIZING,
+    ]
+    assert "start it again" in (after.clone("b").reason or "")
+    assert replace(after.clone("c")) == record.clone("c")
