@@ -120,7 +120,9 @@ def _condition(server: GroupServer, clone: Clone, transfers: Transfers) -> tuple
         record.state is CloneState.REVERSE_OUT_OF_SYNC
     ):
         return "waiting", record.reason
-    return record.split_by or "normal", record.reason
+    if record.state in (CloneState.FRACTURED, CloneState.OUT_OF_SYNC) and record.split_by:
+        return record.split_by, record.reason
+    return "normal", record.reason
 
 
 def _done(server: GroupServer, clone: Clone) -> int:
