@@ -59,7 +59,9 @@ class Writer(threading.Thread):
             offset = self._random.randrange(size // extent) * extent
             length = extent * self._random.randint(1, 2)
         elif kind == 1:  # across the border of two
-            offset = self._random.randrange(1, size // extent) * extent - self._random.randint(1, 999)
+            offset = self._random.randrange(1, size // extent) * extent - self._random.randint(
+                1, 999
+            )
             length = self._random.randint(1000, 4096)
         else:
             offset = self._random.randrange(size)

@@ -54,7 +54,11 @@ def wait_for(look: Callable[[], T], what: str = "", *, deadline_s: float = DEADL
 def run(*command: str | Path) -> str:
     """Run a program that must succeed; what it prints."""
     result = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=DEADLINE_S
+        [str(word) for word in command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
     )
     assert result.returncode == 0, f"{command}: {result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout
@@ -184,7 +188,7 @@ class Clone:
 
     def wait(self, state: str) -> None:
         """Return once it is in that state."""
-        wait_for(lambda: self.state == state, f"for {self.name} to be {state}: {self.status()}")
+        wait_for(lambda: self.state == state, f"for {self.name} to be {state}")
 
     def sync(self, word: str = "1") -> None:
         """Begin to copy what differs to it."""
@@ -201,6 +205,10 @@ class Clone:
     def rate(self, rate: int | str) -> None:
         """Bound its copies. With 1 a byte a second, one extent is copied and then no more."""
         self.control("rate").write(str(rate))
+
+    def wait_for_the_one_extent(self) -> None:
+        """With a rate of 1: return when that one extent has been copied."""
+        wait_for(lambda: self.status()["progress"]["done"] == 1, "for the one extent")
 
 
 @dataclass(frozen=True)
@@ -312,10 +320,13 @@ class Mount:
         assert was_closed_cleanly(self.meta)
 
     def _try_umount(self) -> bool:
-        command = ["umount", str(self.mountpoint)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-        assert result.returncode == 0 or "busy" in result.stderr, result.stderr
-        return result.returncode == 0
+        try:
+            run("umount", self.mountpoint)
+        except AssertionError as failure:
+            if "busy" not in str(failure):
+                raise
+            return False
+        return True
 
     def wait_for_end(self) -> int:
         """The exit status of the daemon, once it has ended."""
@@ -516,7 +527,11 @@ def patience(seconds: float = 2 * DEADLINE_S) -> Iterator[None]:
 def mounts_below(work: Path) -> list[Path]:
     """Where something is mounted below `work`; what was mounted last comes first."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    places = [Path(line.split(" ")[4].replace("\\040", " ")) for line in lines]
+    # A blank, a tab, a newline and a backslash stand there as octal numbers.
+    places = [
+        Path(re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), line.split(" ")[4]))
+        for line in lines
+    ]
     return [place for place in reversed(places) if place.is_relative_to(work)]
 
 

@@ -11,11 +11,11 @@ from clonefs.errors import ClonefsError
 from tests.mounts.load import Writer
 from tests.mounts.mount import (
     EXTENT,
-    KiB,
-    MiB,
     Clone,
     Group,
+    KiB,
     Loop,
+    MiB,
     Mount,
     assert_same,
     attach,
