@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-from msgspec.structs import replace
 
 from clonefs.errors import ClonefsError
 from clonefs.group import TABLE, Command, transitions
@@ -107,9 +106,11 @@ def test_recovery_of_maps_that_are_trusted() -> None:
     ]
 
 
-def test_recovery_without_trust() -> None:
+def test_recovery_after_a_power_cut() -> None:
     record = group(a=S.SYNCHRONIZED, b=S.RESTORING, c=S.FRACTURED, d=S.SYNCHRONIZING)
-    after = transitions.without_trust(record)
+    counts = {"a": 1, "b": 1, "c": 1, "d": 1}
+    assert transitions.without_trust(record, counts, lost=False).clone("b").state is S.RESTORING
+    after = transitions.without_trust(record, counts, lost=True)
     assert [clone.state for clone in after.clones] == [
         S.SYNCHRONIZING,
         S.REVERSE_OUT_OF_SYNC,
@@ -117,4 +118,4 @@ def test_recovery_without_trust() -> None:
         S.SYNCHRONIZING,
     ]
     assert "start it again" in (after.clone("b").reason or "")
-    assert replace(after.clone("c")) == record.clone("c")
+    assert after.clone("c") == record.clone("c")

@@ -109,6 +109,7 @@ class SourceLu:
         return (
             not self._gate.held
             and self._volume.broken is None
+            and self._server.durability.covers(offset, len(data))
             and self._group.admit_simple_write(offset, len(data))
             and self._unit.write_now(offset, data)
         )
@@ -118,6 +119,9 @@ class SourceLu:
         try:
             if self._volume.broken is not None and self._group.changes_maps(offset, len(data)):
                 raise self._volume.broken
+            durability = self._server.durability
+            while not durability.covers(offset, len(data)):
+                await durability.cover(offset, len(data))
             if self._group.admit_simple_write(offset, len(data)):
                 await _write(self._unit, offset, data)
             else:
@@ -127,7 +131,10 @@ class SourceLu:
 
     async def _admit(self, offset: int, length: int) -> WriteTicket:
         """Wait in the COD Queue until the write may begin."""
+        durability = self._server.durability
         while True:
+            while not durability.covers(offset, length):
+                await durability.cover(offset, length)
             outcome = self._group.admit_write(offset, length)
             if isinstance(outcome, WriteTicket):
                 return outcome
@@ -211,6 +218,7 @@ class CloneLu:
             or clone.state is not CloneState.FRACTURED
             or not clone.record.written
             or self._server.recorder.volume.broken is not None
+            or not self._server.durability.covers(offset, len(data))
         ):
             return False
         self._group.mark_clone_write(clone, offset, len(data))
@@ -221,9 +229,13 @@ class CloneLu:
         try:
             if not self.writable():
                 raise self.refuse_write()
-            self._server.check_maps_may_change()
-            if not self._group.clones[self._name].record.written:
+            clone = self._group.clones[self._name]
+            if self._group.clone_write_changes_maps(clone, offset, len(data)):
+                self._server.recorder.check()
+            if not clone.record.written:
                 await self._server.change(lambda group: transitions.written(group, self._name))
+            while not self._server.durability.covers(offset, len(data)):
+                await self._server.durability.cover(offset, len(data))
             self._group.mark_clone_write(self._group.clones[self._name], offset, len(data))
             await _write(self._unit, offset, data)
         finally:

@@ -5,12 +5,12 @@ after; and it is applied again to the record as it is then, since a clone that f
 been split off at once and must stay so.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
 from clonefs.group import CloneGroup
-from clonefs.volume import GroupRecord, MetadataVolume, Record
+from clonefs.volume import GroupRecord, MapSlot, MetadataVolume, Record
 
 Change = Callable[[GroupRecord], GroupRecord]
 Blocking = Callable[[Callable[[], None]], Awaitable[None]]
@@ -35,6 +35,26 @@ class Recorder:
             record = change(self.volume.record)
             if record != self.volume.record:
                 await self._blocking(lambda: self.volume.commit(record))
+
+    def check(self) -> None:
+        """Raises ClonefsError (EIO) once the metadata volume cannot be written."""
+        if self.volume.broken is not None:
+            raise self.volume.broken
+
+    async def write_durably(self, writes: Iterable[tuple[int, bytes]]) -> None:
+        """Sectors of durable maps, in that order. Raises ClonefsError."""
+        self.check()
+
+        def write() -> None:
+            for offset, data in writes:
+                self.volume.write_durably(offset, data)
+
+        await self._blocking(write)
+
+    async def clear_durably(self, slot: MapSlot) -> None:
+        """Zeros in the place of durable maps. Raises ClonefsError."""
+        self.check()
+        await self._blocking(lambda: self.volume.clear_durably(slot))
 
     async def close(self, *, clean: bool) -> None:
         """Close the volume; see MetadataVolume.close."""

@@ -4,6 +4,7 @@ The group decides, the units move bytes; this module ties them together and has 
 and host I/O need: who is woken when, and how a clone that fails is split off.
 """
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
+from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.engines.recorder import Change, Recorder
 from clonefs.errors import ClonefsError
@@ -42,6 +44,7 @@ class GroupServer:
         recorder: Recorder,
         wall_clock: Callable[[], float],
         on_change: OnChange,
+        durability: Durability,
     ) -> None:
         self.group = group
         self.source = source
@@ -49,9 +52,11 @@ class GroupServer:
         self.recorder = recorder
         self.gate = Gate()
         self.commands = trio.Lock()
+        self.flushing = trio.Lock()  # a checkpoint; nothing is closed under it
         self.counts = CopyCounts()
         self.faults: dict[str, str] = {}
         self._wall_clock = wall_clock
+        self.durability = durability
         self._on_change = on_change
         self._progress = trio.lowlevel.ParkingLot()
 
@@ -107,6 +112,7 @@ class GroupServer:
             server._changed(record)
 
     def _changed(self, before: GroupRecord) -> None:
+        self.durability.adopted()
         self._on_change(before, self.group.record)
         self.wake()
 
@@ -144,18 +150,29 @@ class GroupServer:
         except ClonefsError as error:
             log.error("%s: %s", self.name, error.reason)
 
-    def check_maps_may_change(self) -> None:
-        """Raises ClonefsError (EIO) once the metadata volume cannot be written."""
-        if self.recorder.volume.broken is not None:
-            raise self.recorder.volume.broken
-
     async def flush_source(self) -> None:
-        """Flush the Source. Raises ClonefsError; then every map says that all may differ (D10)."""
+        """Flush the Source, and P with it (D6). Raises ClonefsError; then, if the flush failed,
+        every map says that all may differ (D10)."""
+        await self.durability.flush(self._flush_source_unit)
+
+    async def _flush_source_unit(self) -> None:
         try:
             await self.source.flush()
         except ClonefsError:
             self.group.distrust(None)
+            await self._distrust_durably()
             raise
+
+    async def _distrust_durably(self) -> None:
+        with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
+            await self.durability.mark_all()
+
+    async def flush_all(self) -> None:
+        """Flush every unit. Raises ClonefsError."""
+        await self.flush_source()
+        for name in list(self.units):
+            if name in self.units:
+                await self.flush_clone(name)
 
     async def flush_clone(self, name: str) -> None:
         """Flush a clone; the same."""
@@ -163,6 +180,7 @@ class GroupServer:
             await self.units[name].flush()
         except ClonefsError as error:
             self.group.distrust(name)
+            await self._distrust_durably()
             await self.split_off(name, error)
             raise
 

@@ -4,7 +4,8 @@ A command on a clone goes through the same steps: check it early, so that a refu
 flush what can be flushed before; hold and drain the groups; decide on the record as it is then;
 flush, set bits, commit; adopt; let the hosts go on. Rules D3, D4 and D7 are these steps.
 
-It must never await anything but flushes and the commit while a group is held.
+It must never await anything but flushes and the commit while a group is held; the few extents that
+hosts never stop writing to are the exception, they are copied then (`_copy_hot_extents`).
 """
 
 import contextlib
@@ -20,8 +21,10 @@ import trio
 from msgspec.structs import replace
 
 from clonefs.engines.cod import CodEngine
+from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD, Durability
 from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
+from clonefs.engines.recovery import Loaded, load
 from clonefs.engines.server import GroupServer
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
@@ -52,7 +55,8 @@ class StorageSystem:
 
     `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
     seconds since the epoch; `on_event` gets one line for each change of state;
-    `run` is how many bytes a Sync Engine copies at a time.
+    `run` is how many bytes a Sync Engine copies at a time, `checkpoint` the seconds between
+    checkpoints of the durable maps, `run_ahead` the extents that are marked in them at once.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class StorageSystem:
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
         run: int = RUN,
+        checkpoint: float = CHECKPOINT,
+        run_ahead: int = RUN_AHEAD,
     ) -> None:
         self.recorder = recorder
         self.volume = recorder.volume
@@ -75,7 +81,10 @@ class StorageSystem:
         self._forget_pages = forget_pages
         self._wall_clock = wall_clock
         self._on_event = on_event
+        self._checkpoint = checkpoint
+        self._run_ahead = run_ahead
         self._engines: dict[tuple[str, str], trio.CancelScope] = {}
+        self._checkpointers: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._recovered = False
         self._configuration = trio.Lock()
@@ -90,40 +99,27 @@ class StorageSystem:
         group or clone faulted.
         """
         self._nursery = nursery
-        trusted = self.volume.trusted
-        groups = {group.name: self._load(group, trusted) for group in self.volume.record.groups}
+        loaded = [load(self.volume, group) for group in self.volume.record.groups]
 
-        recovered = tuple(group.record for group in groups.values())
+        recovered = tuple(each.group.record for each in loaded)
         await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
         self._recovered = True
-        if not trusted:
+        if not self.volume.trusted:
             self._event(
-                "the machine went down without an unmount: every Delta Map is taken as full"
+                "recovery: the machine went down; the live maps are filled from the durable ones"
             )
-        for group in groups.values():
-            await self._open_group(group)
+        for each in loaded:
+            await self._open_group(each)
 
-    def _load(self, record: GroupRecord, trusted: bool) -> CloneGroup:
-        """The group as the volume has it; D9 for what could not be trusted is in `transitions`."""
-        if trusted:
-            group = CloneGroup(record, self.volume.map)
-            counts = {name: clone.delta.count for name, clone in group.clones.items()}
-            group.adopt(transitions.recovered(record, counts))
-            return group
-        group = CloneGroup(transitions.without_trust(record), self.volume.map)
-        group.protected.clear_all()
-        for clone in group.clones.values():
-            clone.delta.mark_all()
-        return group
-
-    async def _open_group(self, group: CloneGroup) -> None:
-        record = group.record
+    async def _open_group(self, loaded: Loaded) -> None:
+        record = loaded.group.record
         source = await self._open_or_missing(record.backing, record.size)
         clones = {
             clone.name: await self._open_or_missing(clone.backing, record.size)
             for clone in record.clones
         }
-        server = self._add_server(group, source, clones)
+        server = self._add_server(loaded, source, clones)
+        await server.durability.include_live_maps()
         for clone in record.clones:
             unit = clones[clone.name]
             if isinstance(unit, MissingUnit):
@@ -138,14 +134,39 @@ class StorageSystem:
             return MissingUnit(backing, size, error.reason)
 
     def _add_server(
-        self, group: CloneGroup, source: LogicalUnit, clones: dict[str, LogicalUnit]
+        self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
     ) -> GroupServer:
+        durability = Durability(
+            loaded.group, self.recorder, loaded.delta, loaded.protected, self._run_ahead
+        )
         server = GroupServer(
-            group, source, clones, self.recorder, self._wall_clock, self._state_changed
+            loaded.group,
+            source,
+            clones,
+            self.recorder,
+            self._wall_clock,
+            self._state_changed,
+            durability,
         )
         self.servers[server.name] = server
         self.sources[server.name] = SourceLu(server, CodEngine(server))
+        assert self._nursery is not None
+        self._nursery.start_soon(self._checkpoints, server)
         return server
+
+    async def _checkpoints(self, server: GroupServer) -> None:
+        """Trim the durable maps of a group every now and then."""
+        with self._checkpointers.setdefault(server.name, trio.CancelScope()):
+            while True:
+                await trio.sleep(self._checkpoint)
+                units = [server.source, *server.units.values()]
+                if any(isinstance(unit, MissingUnit) for unit in units):
+                    continue  # what cannot be flushed stays marked
+                try:
+                    async with server.flushing:
+                        await server.durability.checkpoint(server.flush_all)
+                except ClonefsError as error:
+                    log.error("%s: no checkpoint: %s", server.name, error.reason)
 
     def _start_clone(self, server: GroupServer, name: str) -> None:
         assert self._nursery is not None
@@ -163,13 +184,14 @@ class StorageSystem:
     async def stop(self) -> None:
         """Stop the engines, let requests that are inside end, flush everything, and close the
         volume. Raises ClonefsError if not everything could be made durable."""
-        for scope in self._engines.values():
+        for scope in (*self._engines.values(), *self._checkpointers.values()):
             scope.cancel()
         failures: list[str] = []
         async with AsyncExitStack() as stack:
             for server in self.servers.values():
                 await stack.enter_async_context(server.commands)
                 await stack.enter_async_context(server.held())
+                await stack.enter_async_context(server.flushing)
             for server in self.servers.values():
                 await self._flush_for_stop(server, failures)
         try:
@@ -237,11 +259,12 @@ class StorageSystem:
             try:
                 async with self._allocation:
                     record = self._new_group(name, source, size, extent_size)
+                    await self.recorder.clear_durably(record.durable)
                     await self.recorder.commit(lambda whole: whole.with_group(record))
             except BaseException:
                 source.discard()
                 raise
-            self._add_server(CloneGroup(record, self.volume.map), source, {})
+            self._add_server(load(self.volume, record), source, {})
             self._event(f"{name} added")
 
     def _new_group(
@@ -281,7 +304,9 @@ class StorageSystem:
                     self.sources[name] = source
                     raise
                 del self.servers[name]
-            server.source.close()
+            self._checkpointers.pop(name).cancel()
+            async with server.flushing:
+                server.source.close()
             self._event(f"{name} removed")
 
     async def add_clone(self, group: str, name: str, backing: Path, *, sync: bool) -> None:
@@ -296,6 +321,7 @@ class StorageSystem:
             try:
                 async with server.held(), self._allocation:
                     record = self._new_clone(server.group, name, unit, sync=sync)
+                    await server.durability.mark_all()  # D9 would take it for equal
                     server.units[name] = unit
                     await server.change(lambda whole: whole.with_clone(record))
             except BaseException:
@@ -339,7 +365,8 @@ class StorageSystem:
                     raise
                 self._engines.pop((group, name)).cancel()
                 del server.units[name]
-            unit.close()
+            async with server.flushing:
+                unit.close()
 
     def _check(self, server: GroupServer, command: Command, name: str) -> CloneState:
         record = server.group.record
@@ -438,6 +465,9 @@ class StorageSystem:
                 await self._fracture([(server, [name])])
                 return
             async with server.held(), self._allocation:
+                # What has been restored stays restored, as far as the Source can still be written.
+                with contextlib.suppress(ClonefsError):
+                    await server.flush_source()
                 protected = self._empty_protected(server)
                 server.group.fold_protected(name)
                 await server.change(
@@ -461,9 +491,12 @@ class StorageSystem:
             self._check_restore(server, name)
             self._present(server, name)
             await self._forget_pages(group)  # what hosts have dirtied there comes before
+            # The clone is what the Source shows from now on, so it must be as durable as that.
+            await server.flush_clone(name)
             await self._flush_those_to_split(server)
             try:
                 async with server.held(), self._allocation:
+                    await server.flush_clone(name)
                     await self._flush_those_to_split(server)
                     await self._begin_restore(server, name)
             except ClonefsError:

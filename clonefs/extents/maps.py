@@ -78,6 +78,11 @@ class ExtentMap:
             self.bits |= other.bits
             self.count = self.bits.count(1, 0, self.extents)
 
+    def fill_from(self, bits: bitarray) -> None:
+        """Become equal to `bits`, which are as many as there are extents."""
+        self.bits[: self.extents] = bits
+        self.count = self.bits.count(1, 0, self.extents)
+
     def count_common(self, other: "ExtentMap") -> int:
         """How many bits are set here and in `other`, a map of as many extents."""
         if not self.count or not other.count:

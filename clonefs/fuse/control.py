@@ -82,6 +82,11 @@ def _protected_restore_map(control: Control, where: Where) -> Content:
     return _map(control.system.server(where[0]).group.protected)
 
 
+def _persistent_delta_map(control: Control, where: Where) -> Content:
+    server = control.system.server(where[0])
+    return _map(ExtentMap(server.durability.delta.bits, server.group.geometry.extents))
+
+
 def _delta_map(control: Control, where: Where) -> Content:
     return _map(control.system.server(where[0]).group.clones[where[1]].delta)
 
@@ -133,7 +138,7 @@ async def _fracture_several(control: Control, where: Where, text: str) -> None:
 
 
 async def _add_clone(control: Control, where: Where, text: str) -> None:
-    _refuse_reserved(text, GROUP, frozenset({"persistent_delta_map"}))
+    _refuse_reserved(text, GROUP, frozenset())
     await commands.add_clone(control.system, where[0], text)
 
 
@@ -173,6 +178,7 @@ GROUP: dict[str, ControlFile] = {
     "add_clone": ControlFile(write=_add_clone),
     "remove_clone": ControlFile(write=_remove_clone),
     "protected_restore_map": ControlFile(_protected_restore_map),
+    "persistent_delta_map": ControlFile(_persistent_delta_map),
     "cod_scoreboard": ControlFile(_cod_scoreboard),
     "cod_queue": ControlFile(_cod_queue),
 }

@@ -17,7 +17,7 @@ import pyfuse3
 import trio
 
 from clonefs.engines import Recorder, StorageSystem
-from clonefs.errors import ClonefsError, failed, invalid
+from clonefs.errors import ClonefsError, busy, failed
 from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
@@ -171,7 +171,7 @@ class Daemon:
             except OSError:
                 continue
             if device == self._device:
-                raise invalid(f"{path} lies on this mount itself: choose another backing")
+                raise busy(f"{path} lies on this mount itself: choose another backing")
 
     async def _forget_pages(self, group: str) -> None:
         node = self._tree.at((group, SOURCE))

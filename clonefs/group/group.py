@@ -11,13 +11,15 @@ Invariants (rule numbers are those of the design; docs/crash-safety.md repeats t
   is admitted (L3).
 - While an extent is pending, D[k] has its bit for every other clone k (L6), and no Sync Engine
   copies it to a mirrored clone.
-- The record changes only by `adopt`, with the group held and drained; the one exception is a clone
-  that fails, which is split off at once.
+- What the record says of states and map slots changes only by `adopt`, with the group held and
+  drained; the one exception is a clone that fails, which is split off at once.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
+
+from bitarray import bitarray
 
 from clonefs.extents import ExtentMap, Geometry, Run
 from clonefs.group.cod_queue import CodQueue
@@ -86,6 +88,10 @@ class CloneGroup:
         self.scoreboard = CodScoreboard()
         self.cod_queue = CodQueue()
         self.writes = WritesInFlight()
+        # For the durable maps: extents of P that the PPRM does not have yet, and extents that have
+        # been written to and are equal again, noted while a checkpoint runs.
+        self.newly_protected: dict[tuple[int, int], None] = {}  # an ordered set
+        self.touched: list[tuple[int, int]] | None = None
         self.adopt(record)
 
     def adopt(self, record: GroupRecord) -> None:
@@ -225,11 +231,15 @@ class CloneGroup:
         """L4: the Source is complete in [first, stop), and belongs to the host from now on."""
         assert self.restoring is not None
         if first < stop:
+            if self.protected.next_clear(first, stop) < stop:
+                self.newly_protected[first, stop] = None
             self.protected.mark(first, stop)
             self.restoring.delta.clear(first, stop)
 
     def _begin_mirroring(self, ticket: WriteTicket) -> None:
         """L2: set D[c] before the first of the two writes, and remember where it was set."""
+        if self.touched is not None:
+            self.touched.append((ticket.first, ticket.stop))
         fresh = self.writes.begin(ticket.offset, ticket.end, ticket.first, ticket.stop)
         for extent in fresh:
             for clone in ticket.mirrors:
@@ -257,6 +267,11 @@ class CloneGroup:
                     clone.delta.clear(extent, extent + 1)
 
     # Host writes to a clone
+
+    def clone_write_changes_maps(self, clone: Clone, offset: int, length: int) -> bool:
+        """Whether a host write to the clone would have to change a map, or the record."""
+        first, stop = self.geometry.extents_of(offset, length)
+        return not clone.record.written or clone.delta.next_clear(first, stop) < stop
 
     def mark_clone_write(self, clone: Clone, offset: int, length: int) -> None:
         """L1 for a host write to a fractured clone."""
@@ -310,6 +325,8 @@ class CloneGroup:
         split off meanwhile: hosts have written to the Source since without looking at claims."""
         clone = self.clones.get(claim.clone)
         if copied and clone is not None and clone not in self.split:
+            if self.touched is not None:
+                self.touched.append((claim.first, claim.stop))
             clone.delta.clear(claim.first, claim.stop)
         self.scoreboard.release(claim)
 
@@ -339,6 +356,13 @@ class CloneGroup:
     def being_copied(self, clone: Clone) -> bool:
         """Whether somebody has claimed an extent that still differs in `clone`."""
         return any(clone.delta.next_set(claim.first, claim.stop) >= 0 for claim in self.scoreboard)
+
+    def live_union(self, start: int, stop: int) -> bitarray:
+        """What any Delta Map or the Protected Restore Map has in [start, stop)."""
+        union = self.protected.bits[start:stop]
+        for clone in self.clones.values():
+            union |= clone.delta.bits[start:stop]
+        return union
 
     def distrust(self, name: str | None) -> None:
         """A flush has failed, of the clone `name` or of the Source (None): nobody knows what of the

@@ -182,7 +182,7 @@ def begin_restore(
     state = next_state(Command.PROTECTED_RESTORE, group, clone)
     mirrored = [each.name for each in group.clones if each.state in MIRRORED]
     group = fracture(group, mirrored, equal=equal, now=now)
-    group = replace(group, protected=protected)
+    group = replace(group, protected=protected, epoch=group.epoch + 1)
     return group.with_clone(replace(clone, state=state, copy_total=to_copy, reason=None))
 
 
@@ -217,24 +217,16 @@ def recovered(group: GroupRecord, delta_counts: dict[str, int]) -> GroupRecord:
     return group
 
 
-def without_trust(group: GroupRecord) -> GroupRecord:
-    """What is left when the machine has gone down and the live maps are lost: every map says that
-    everything may differ. Needs each D full and P empty. A mirrored clone copies all; a restore
-    cannot go on, since nobody knows what hosts have written, and waits for a person."""
-
-    def lost(clone: CloneRecord) -> CloneRecord:
-        if clone.state in MIRRORED:
-            return replace(clone, state=_S.SYNCHRONIZING)
-        if clone.state is _S.RESTORING:
-            return replace(
-                clone,
-                state=_S.REVERSE_OUT_OF_SYNC,
-                reason=(
-                    "the machine went down during the Protected Restore: the Source is part old, "
-                    "part clone; write 1 to protected_restore to start it again, which drops what "
-                    "hosts have written since it began"
-                ),
-            )
-        return clone
-
-    return replace(group, clones=tuple(lost(clone) for clone in group.clones))
+def without_trust(group: GroupRecord, counts: dict[str, int], *, lost: bool) -> GroupRecord:
+    """The group after a power cut (D9), its live maps filled from the durable ones. `counts` are
+    those of the Delta Maps; `lost`: sectors of the PPRM are damaged in both copies, so that nobody
+    knows what hosts have written: a restore that ran waits for a person."""
+    group = recovered(group, counts)
+    running = restoring_clone(group)
+    if running is None or not lost:
+        return group
+    reason = (
+        "the Protected Restore cannot go on: the map of what hosts have written since it began is "
+        "damaged; write 1 to protected_restore to start it again, which drops what they have written"
+    )
+    return group.with_clone(replace(running, state=_S.REVERSE_OUT_OF_SYNC, reason=reason))

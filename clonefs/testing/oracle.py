@@ -23,12 +23,19 @@ class Violation(AssertionError):  # noqa: N818 - it is what it is called
 
 @dataclass(slots=True)
 class Write:
-    """A value that was written from `start` to `end`, and overtaken at `overtaken`."""
+    """A value that was written from `start` to `end`, and overtaken at `overtaken`.
+
+    `acknowledged`: somebody was told that it is done; `flushed`: and that it is on stable storage;
+    `buried`: another one that is flushed has overtaken it, so that no power cut brings it back.
+    """
 
     value: int
     start: int
     end: int = NEVER
     overtaken: int = NEVER
+    acknowledged: bool = False
+    flushed: bool = False
+    buried: bool = False
 
 
 def stamp(value: int) -> bytes:
@@ -53,7 +60,9 @@ class Register:
 
     def __init__(self, name: str, values: Iterable[int], now: int) -> None:
         self.name = name
-        self._sectors = [[Write(value, now, now)] for value in values]
+        self._sectors = [
+            [Write(value, now, now, acknowledged=True, flushed=True)] for value in values
+        ]
 
     def begin(self, first: int, values: list[int], now: int) -> list[tuple[int, Write]]:
         """A write of `values` begins at sector `first`."""
@@ -68,6 +77,7 @@ class Register:
         """The write was acknowledged: what had ended before it began is overtaken."""
         for sector, write in begun:
             write.end = now
+            write.acknowledged = True
             self._overtake(sector, write, now)
 
     def _overtake(self, sector: int, by: Write, now: int) -> None:
@@ -77,8 +87,21 @@ class Register:
         if len(self._sectors[sector]) > 16:
             # Reads are short: one that began this long ago has ended.
             self._sectors[sector] = [
-                write for write in self._sectors[sector] if write.overtaken > now - 2000
+                write
+                for write in self._sectors[sector]
+                if not write.buried or write.overtaken > now - 2000
             ]
+
+    def flushed(self, since: int) -> None:
+        """A flush that began at `since` has succeeded: what had been acknowledged is durable."""
+        for writes in self._sectors:
+            latest = -1
+            for write in writes:
+                if write.acknowledged and (write.flushed or write.end < since):
+                    write.flushed = True
+                    latest = max(latest, write.start)
+            for write in writes:
+                write.buried = write.buried or write.end < latest
 
     def give_up(self, begun: list[tuple[int, Write]], now: int) -> None:
         """The write failed, or the daemon died: it may have happened or not, but is over."""
@@ -86,8 +109,24 @@ class Register:
             write.end = min(write.end, now)
 
     def all_at_once(self, values: list[int], start: int, end: int) -> None:
-        """Every sector was written from `start` to `end`."""
-        self.end(self.begin(0, values, start), end)
+        """Every sector was written from `start` to `end`, durably: a restore took effect."""
+        begun = self.begin(0, values, start)
+        self.end(begun, end)
+        for _, write in begun:
+            write.flushed = True
+        self.flushed(start)
+
+    def after_a_power_cut(self, first: int, values: list[int], what: str) -> None:
+        """Raises Violation if a power cut may not have left `values`. They are what is there from
+        now on."""
+        for sector, value in enumerate(values, first):
+            writes = self._sectors[sector]
+            if not any(write.value == value and not write.buried for write in writes):
+                left = [write for write in writes if not write.buried]
+                raise Violation(
+                    f"{what}: sector {sector} of {self.name} has {value}; a power cut may leave {left}"
+                )
+            self._sectors[sector] = [Write(value, -1, -1, acknowledged=True, flushed=True)]
 
     def check(self, first: int, values: list[int], start: int, now: int, what: str) -> None:
         """Raises Violation if a read from `start` to `now` may not have returned `values`."""

@@ -20,6 +20,7 @@ import trio
 import trio.testing
 
 from clonefs.engines import HostLu, Recorder, StorageSystem
+from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR, ExtentMap
 from clonefs.group import MIRRORED, CloneGroup
@@ -32,7 +33,6 @@ GROUP = "g"
 CLONES = ("a", "b", "c")
 EXTENT = 4096
 VOLUME = 1 << 20
-BOOT = "this boot"
 A_LONG_TIME = 24 * 3600.0  # virtual seconds
 
 
@@ -47,7 +47,9 @@ class Plan:
     hosts: int = 4
     requests: int = 40  # of each host, in each life
     commands: int = 25
+    clones: int = 3
     fault_rate: float = 0.0
+    power_cuts: float = 0.5  # of the deaths
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class Report:
     operations: int = 0
     points: int = 0
     deaths: int = 0
+    power_cuts: int = 0
+    flushes: int = 0
     restores: int = 0
     fractures: int = 0
     faults: int = 0
@@ -93,9 +97,9 @@ class PointedMap(ExtentMap):
 class PointedVolume(MetadataVolume):
     """A volume in the world."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, boot: int) -> None:
         self._world = world
-        super().__init__(SimulatedMedium(world), BOOT)
+        super().__init__(SimulatedMedium(world), f"boot {boot}")
 
     def map(self, slot: MapSlot, extents: int) -> ExtentMap:
         found = super().map(slot, extents)
@@ -114,12 +118,17 @@ class Simulation:
     report: Report
     random: random.Random
     now: int = 0
+    boot: int = 0
     stamp: int = 0
     source: Register | None = None
     copies: dict[str, Register] = field(default_factory=dict)
     states: dict[str, CloneState] = field(default_factory=dict)
     commanded_at: int = 0
     under_way: list[tuple[Register, list[tuple[int, Write]]]] = field(default_factory=list)
+
+    @property
+    def clones(self) -> tuple[str, ...]:
+        return CLONES[: self.plan.clones]
 
     @property
     def size(self) -> int:
@@ -152,14 +161,14 @@ def run_simulation(plan: Plan) -> Report:
     rng = random.Random(plan.seed)
     _deterministic_trio(plan.seed)
     simulation = Simulation(plan, Report(plan.seed), rng)
-    disks = {name: bytearray() for name in ("source", *CLONES)}
+    disks = {name: bytearray() for name in ("source", *simulation.clones)}
     for content in disks.values():  # different everywhere, and a hole now and then
         for _ in range(simulation.size // SECTOR):
             simulation.stamp += 1
             content.extend(stamp(simulation.stamp if rng.random() < 0.8 else 0))
     simulation.source = Register("the Source", stamps(disks["source"]), simulation.tick())
     volume = bytearray(VOLUME)
-    first = World(rng, volume=volume)
+    first = World(rng, volume=volume, volume_on_disk=bytearray(VOLUME))
     format_medium(SimulatedMedium(first), bytes(16))
     for life in range(plan.lives):
         last = life == plan.lives - 1
@@ -168,6 +177,8 @@ def run_simulation(plan: Plan) -> Report:
             die_at=None if last else rng.randrange(1, plan.points_a_life),
             fault_rate=plan.fault_rate,
             volume=volume,
+            volume_on_disk=bytearray(volume),
+            power_cut=rng.random() < plan.power_cuts,
         )
         for name, content in disks.items():
             SimulatedUnit(world, name, content)
@@ -177,8 +188,10 @@ def run_simulation(plan: Plan) -> Report:
         simulation.report.faults += world.faults
         if world.frozen is not None:
             simulation.report.deaths += 1
+            simulation.report.power_cuts += world.power_cut
+            simulation.boot += world.power_cut
             disks, volume = world.frozen.disks, world.frozen.volume
-            _look_at_what_is_left(simulation, disks, volume)
+            _look_at_what_is_left(simulation, disks, volume, cut=world.power_cut)
     return simulation.report
 
 
@@ -212,12 +225,14 @@ class _Life:
             await self.world.delay()
 
         self.system = StorageSystem(
-            Recorder(PointedVolume(self.world), blocking),
+            Recorder(PointedVolume(self.world, self.s.boot), blocking),
             self._open,
             forget_pages=nothing,
             wall_clock=trio.current_time,
             on_event=lambda _line: self._observe(),
             run=2 * EXTENT,
+            checkpoint=0.02,
+            run_ahead=1,
         )
         with trio.CancelScope() as self.world.scope, _must_end(A_LONG_TIME):
             async with trio.open_nursery() as nursery:
@@ -237,7 +252,7 @@ class _Life:
         """Make what is not there: an earlier daemon may have died half-way through this."""
         if GROUP not in self.system.servers:
             await self.system.add_group(GROUP, Path("/source"), size=None, extent_size=EXTENT)
-        for name in CLONES:
+        for name in self.s.clones:
             if name not in self._group.clones:
                 await self.system.add_clone(GROUP, name, Path(f"/{name}"), sync=True)
         self._observe()
@@ -273,7 +288,10 @@ class _Life:
             await trio.sleep(self.random.choice((0.0, 0.0, 0.001, 0.01)))
             register, lu = self._choose()
             first, count = self._range()
-            if self.random.random() < 0.4:
+            what = self.random.random()
+            if what < 0.1:
+                await self._flush(register, lu)
+            elif what < 0.4:
                 await self._read(register, lu, first, count)
             else:
                 await self._write(register, lu, first, count)
@@ -311,6 +329,16 @@ class _Life:
         if self.world.frozen is None and self._still_a_copy(register):
             register.check(first, stamps(data), start, self.s.tick(), "a read")
 
+    async def _flush(self, register: Register, lu: HostLu) -> None:
+        self.s.report.flushes += 1
+        start = self.s.tick()
+        try:
+            await lu.flush()
+        except ClonefsError:
+            return
+        if self.world.frozen is None:
+            register.flushed(start)
+
     def _still_a_copy(self, register: Register) -> bool:
         return register is self.s.source or register in self.s.copies.values()
 
@@ -339,7 +367,7 @@ class _Life:
     async def _command(self) -> None:
         for _ in range(self.s.plan.commands):
             await trio.sleep(self.random.choice((0.0, 0.002, 0.02, 0.05)))
-            name = self.random.choice(CLONES)
+            name = self.random.choice(self.s.clones)
             self.s.commanded_at = self.s.tick()
             try:
                 await self._one_command(name)
@@ -357,7 +385,7 @@ class _Life:
                 await self.system.fracture([(GROUP, name)])
                 self.s.report.fractures += 1
             case "two":
-                await self.system.fracture([(GROUP, each) for each in CLONES[:2]])
+                await self.system.fracture([(GROUP, each) for each in self.s.clones[:2]])
                 self.s.report.fractures += 1
             case "force":
                 if self.random.random() < 0.3:
@@ -388,7 +416,7 @@ class _Life:
     async def _settle(self) -> None:
         """Let everything that copies end, then look."""
         self.world.fault_rate = 0.0
-        for name in CLONES:
+        for name in self.s.clones:
             await self.system.set_rate(GROUP, name, None)
         while any(
             clone.state in (CloneState.SYNCHRONIZING, CloneState.RESTORING)
@@ -431,6 +459,7 @@ def _learn(
         mirrored = [other for other, its in s.states.items() if its in MIRRORED]
         if mirrored:
             raise Violation(f"{mirrored} were not split off when a restore from {name} began")
+        s.copies[name].flushed(now)  # it is what the Source shows from now on
         s.source.all_at_once(content, now, s.tick())
     elif state is CloneState.REVERSE_OUT_OF_SYNC and was is CloneState.RESTORING:
         s.source.all_at_once(raw, now, now)  # part old, part clone: whatever lies there
@@ -438,25 +467,33 @@ def _learn(
         s.copies.pop(name, None)
 
 
-def _look_at_what_is_left(s: Simulation, disks: dict[str, bytearray], volume: bytearray) -> None:
+def _look_at_what_is_left(
+    s: Simulation, disks: dict[str, bytearray], volume: bytearray, *, cut: bool
+) -> None:
     """The daemon has died: what the next one finds must be sound before it does anything."""
     for register, begun in s.under_way:
         register.give_up(begun, s.tick())
     s.under_way.clear()
-    opened = MetadataVolume(
-        SimulatedMedium(World(random.Random(0), volume=bytearray(volume))), BOOT
-    )
-    groups = [CloneGroup(record, opened.map) for record in opened.record.groups]
+    world = World(random.Random(0), volume=bytearray(volume), volume_on_disk=bytearray(volume))
+    opened = MetadataVolume(SimulatedMedium(world), f"boot {s.boot}")
+    groups = [load(opened, record).group for record in opened.record.groups]
     if not groups or s.source is None:
         return
     group = groups[0]
     raw = stamps(disks["source"])
     for name, was, state in _news(s, group):  # committed, and not yet adopted when it died
         _learn(s, name, was, state, stamps(disks[name]), raw, since=s.commanded_at)
-    _look(s, group, disks, "after a death")
+    _look(s, group, disks, "after a power cut" if cut else "after a death", cut=cut)
 
 
-def _look(s: Simulation, group: CloneGroup, disks: dict[str, bytearray], when: str) -> None:
+def _look(
+    s: Simulation,
+    group: CloneGroup,
+    disks: dict[str, bytearray],
+    when: str,
+    *,
+    cut: bool = False,
+) -> None:
     """Check disks and maps as they lie there."""
     assert s.source is not None
     now = s.tick()
@@ -466,11 +503,18 @@ def _look(s: Simulation, group: CloneGroup, disks: dict[str, bytearray], when: s
         assert not pending or group.restoring is not None
         shown = group.restoring.name if pending and group.restoring else "source"
         values = stamps(disks[shown][offset : offset + length])
-        s.source.check(offset // SECTOR, values, now, now, f"{when}, the Source as hosts see it")
+        what = f"{when}, the Source as hosts see it"
+        if cut:
+            s.source.after_a_power_cut(offset // SECTOR, values, what)
+        else:
+            s.source.check(offset // SECTOR, values, now, now, what)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
             part = slice(offset, offset + length)
             if not marked and disks[name][part] != disks["source"][part]:
                 raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
     for name, register in s.copies.items():
-        register.check(0, stamps(disks[name]), now, now, f"{when}, the clone {name}")
+        if cut:
+            register.after_a_power_cut(0, stamps(disks[name]), f"{when}, the clone {name}")
+        else:
+            register.check(0, stamps(disks[name]), now, now, f"{when}, the clone {name}")

@@ -16,6 +16,7 @@ from clonefs.extents import SECTOR
 from clonefs.units import Buffer, LogicalUnit
 
 EIO = 5
+PAGE = 4096
 
 
 @dataclass(slots=True)
@@ -47,6 +48,8 @@ class World:
     faults: int = 0
     disks: dict[str, "SimulatedUnit"] = field(default_factory=dict)
     volume: bytearray = field(default_factory=bytearray)
+    volume_on_disk: bytearray = field(default_factory=bytearray)
+    power_cut: bool = False
     frozen: Frozen | None = None
     scope: trio.CancelScope | None = None
 
@@ -55,9 +58,19 @@ class World:
         self.points += 1
         if self.points == self.die_at:
             disks = {name: disk.after_death() for name, disk in self.disks.items()}
-            self.frozen = Frozen(disks, bytearray(self.volume))
+            self.frozen = Frozen(disks, self._volume_after_death())
             assert self.scope is not None
             self.scope.cancel()
+
+    def _volume_after_death(self) -> bytearray:
+        """The pages of the volume; after a power cut each as it was on disk, or as it is."""
+        if not self.power_cut:
+            return bytearray(self.volume)
+        left = bytearray(self.volume_on_disk)
+        for at in range(0, len(left), PAGE):
+            if self.random.random() < 0.5:
+                left[at : at + PAGE] = self.volume[at : at + PAGE]
+        return left
 
     async def delay(self) -> None:
         """The time that an I/O takes, in which others run."""
@@ -79,12 +92,21 @@ class SimulatedUnit:
         self.size = len(content)
         self.content = content
         self.sparse = True
+        # What is on stable storage, and what each sector has been since, oldest first.
+        self._on_disk = bytearray(content)
+        self._unflushed: dict[int, list[bytes]] = {}
         self._under_way: list[WriteUnderWay] = []
         world.disks[name] = self
 
     def after_death(self) -> bytearray:
-        """The content, with any part of what was under way."""
+        """The content, with any part of what was under way. After a power cut each sector that was
+        not flushed is as it was on disk, or as it has been at any time since."""
         content = bytearray(self.content)
+        if self.world.power_cut:
+            content = bytearray(self._on_disk)
+            for start, versions in self._unflushed.items():
+                chosen = self.world.random.choice([content[start : start + SECTOR], *versions])
+                content[start : start + SECTOR] = chosen
         for write in self._under_way:
             for at in range(0, len(write.data), SECTOR):
                 if self.world.random.random() < 0.5:
@@ -115,9 +137,14 @@ class SimulatedUnit:
         if self.world.random.random() < 0.5:
             return False
         self.world.maybe_fail("write", self.name)
-        self.content[offset : offset + len(data)] = data
+        for at in range(0, len(data), SECTOR):
+            self._put(offset + at, bytes(data[at : at + SECTOR]))
         self.world.point()
         return True
+
+    def _put(self, start: int, sector: bytes) -> None:
+        self.content[start : start + SECTOR] = sector
+        self._unflushed.setdefault(start, []).append(sector)
 
     async def write(self, offset: int, data: Buffer) -> None:
         self.world.operations += 1
@@ -134,8 +161,7 @@ class SimulatedUnit:
                 if at == pause:
                     await self.world.delay()
                     self.world.maybe_fail("write", self.name)
-                start = offset + at
-                self.content[start : start + SECTOR] = write.data[at : at + SECTOR]
+                self._put(offset + at, write.data[at : at + SECTOR])
             self.world.maybe_fail("write", self.name)
             await self.world.delay()
         finally:
@@ -152,7 +178,18 @@ class SimulatedUnit:
     async def flush(self) -> None:
         self.world.operations += 1
         self.world.point()
+        flushed = {start: len(versions) for start, versions in self._unflushed.items()}
         await self.world.delay()
+        self.world.point()
+        for start, count in flushed.items():
+            # Another flush may have done some of it.
+            versions = self._unflushed.get(start, [])
+            if versions:
+                done = versions[: min(count, len(versions))]
+                self._on_disk[start : start + SECTOR] = done[-1]
+                del versions[: len(done)]
+                if not versions:
+                    del self._unflushed[start]
         self.world.point()
 
     async def data_from(self, offset: int) -> int:
@@ -182,11 +219,15 @@ class SimulatedMedium:
     def write_durably(self, offset: int, data: bytes) -> None:
         self._world.operations += 1
         self._world.point()
-        self.view[offset : offset + len(data)] = data
-        self._world.point()
+        middle = self._world.random.randrange(0, len(data), SECTOR) if len(data) > SECTOR else 0
+        for start, stop in ((0, middle), (middle, len(data))):
+            self.view[offset + start : offset + stop] = data[start:stop]
+            self._world.volume_on_disk[offset + start : offset + stop] = data[start:stop]
+            self._world.point()
 
     def flush(self) -> None:
         self._world.point()
+        self._world.volume_on_disk[:] = self._world.volume
 
     def close(self) -> None:
         self.view.release()

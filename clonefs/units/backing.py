@@ -269,7 +269,7 @@ def open_backing(
     Raises ClonefsError: ENOENT (not there), EBUSY (in use), EINVAL (no backing at all, or too
     small), or what the operating system says.
     """
-    if create_size is not None and not os.path.lexists(path):
+    if create_size is not None and _is_to_be_created(path):
         return _create(path, create_size)
     try:
         kind = path.stat().st_mode
@@ -299,8 +299,19 @@ def open_backing(
         raise
 
 
+def _is_to_be_created(path: Path) -> bool:
+    """Not there; or an empty file, which is what a death half-way through creating one leaves."""
+    try:
+        found = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
 def _create(path: Path, size: int) -> BackingUnit:
-    fd = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    fd = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         _lock(fd, path)
         os.ftruncate(fd, size)

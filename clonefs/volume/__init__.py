@@ -5,6 +5,7 @@ of the maps. It knows how to keep them and not what they are for: no rule about 
 restores belongs here. docs/data-format.md has the picture of the layout.
 """
 
+from clonefs.volume.durable import DurableMap
 from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, Superblock
 from clonefs.volume.medium import FileMedium, Medium
 from clonefs.volume.record import CloneRecord, CloneState, GroupRecord, MapSlot, Record, SplitBy
@@ -21,6 +22,7 @@ __all__ = [
     "MINIMUM_SIZE",
     "CloneRecord",
     "CloneState",
+    "DurableMap",
     "FileMedium",
     "GroupRecord",
     "MapSlot",

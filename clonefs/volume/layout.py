@@ -128,6 +128,15 @@ def unpack_record(superblock: Superblock, slot: bytes) -> tuple[int, bytes]:
     return generation, payload
 
 
+def glance_at_record(slot: bytes) -> tuple[int, bytes] | None:
+    """What a record slot claims to hold, as (generation, payload), whether or not it is damaged;
+    None if there is not even the beginning of a record. For people who look at a damaged volume."""
+    if len(slot) < _RECORD_HEADER.size or not slot.startswith(RECORD_MAGIC):
+        return None
+    _, generation, length, _ = _RECORD_HEADER.unpack_from(slot)
+    return generation, slot[_RECORD_HEADER.size : _RECORD_HEADER.size + length]
+
+
 def live_map_length(extents: int) -> int:
     """Bytes that the slot of a live map of that many extents takes: whole pages."""
     return _pages((extents + 7) // 8)

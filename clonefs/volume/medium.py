@@ -30,13 +30,19 @@ class Medium(Protocol):
 
 
 class FileMedium:
-    """`size` bytes of the open descriptor `fd`, mapped; the medium owns it. All calls block."""
+    """`size` bytes of the open descriptor `fd`, mapped; the medium owns it. All calls block.
 
-    def __init__(self, fd: int, name: str, size: int | None = None) -> None:
+    `private`: a store to `view` is seen here only and never reaches the file; `fd` may be one for
+    reading.
+    """
+
+    def __init__(
+        self, fd: int, name: str, size: int | None = None, *, private: bool = False
+    ) -> None:
         self.name = name
         self.size = os.lseek(fd, 0, os.SEEK_END) if size is None else size
         self._fd = fd
-        self._map = mmap.mmap(fd, self.size, mmap.MAP_SHARED)
+        self._map = mmap.mmap(fd, self.size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self.view = memoryview(self._map)
 
     def write_durably(self, offset: int, data: bytes) -> None:

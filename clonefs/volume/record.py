@@ -57,7 +57,8 @@ class CloneRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A Clone Group: its Source, the slot of its Protected Restore Map, and its clones.
 
-    `durable` are the pages that belong to the group's durable maps (data-format.md).
+    `durable` are the pages that belong to the group's durable maps (data-format.md). `epoch` is the
+    number of the last restore: sectors of the PPRM with another number count as empty.
     """
 
     name: str
@@ -67,6 +68,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     protected: MapSlot
     durable: MapSlot
     clones: tuple[CloneRecord, ...] = ()
+    epoch: int = 0
 
     def clone(self, name: str) -> CloneRecord:
         """The clone of that name. Raises KeyError."""
@@ -108,6 +110,10 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clean: bool = True
     boot_id: str = ""
     groups: tuple[GroupRecord, ...] = ()
+
+    def trusts_live_maps(self, boot_id: str) -> bool:
+        """Whether in this boot of the machine the live maps are as they were left, bit for bit."""
+        return self.clean or self.boot_id == boot_id
 
     def with_group(self, group: GroupRecord) -> "Record":
         """This record with `group` in the place of the one of its name, or added by name."""

@@ -20,9 +20,10 @@ from bitarray import bitarray
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing, taken
 from clonefs.extents import ExtentMap, format_size
 from clonefs.volume import layout
+from clonefs.volume.durable import DurableMap, load_durable_maps
 from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, PAGE, DamagedError, Superblock
 from clonefs.volume.medium import FileMedium, Medium
-from clonefs.volume.record import MapSlot, Record, decode_record, encode_record
+from clonefs.volume.record import GroupRecord, MapSlot, Record, decode_record, encode_record
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _FS_IOC_GETFLAGS = 0x80086601
@@ -46,7 +47,7 @@ class MetadataVolume:
         self.generation, self.record = _newest_record(medium, self.superblock)
         layout.check_slots(self.superblock, list(self.record.slots()))
         self.boot_id = boot_id
-        self.trusted = self.record.clean or self.record.boot_id == boot_id
+        self.trusted = self.record.trusts_live_maps(boot_id)
 
     @property
     def uuid(self) -> str:
@@ -83,6 +84,34 @@ class MetadataVolume:
             raise self._broken from error
         self.generation = generation
         self.record = record
+
+    def write_durably(self, offset: int, data: bytes) -> None:
+        """Write sectors of a durable map. Blocks. Raises ClonefsError (EIO), and from then on
+        nothing can be written any more (rule D10)."""
+        try:
+            self._medium.write_durably(offset, data)
+        except ClonefsError as error:
+            self._broken = failed(
+                f"the metadata volume cannot be written ({error.reason}): no map can change until it "
+                f"is mended and mounted again"
+            )
+            raise self._broken from error
+
+    def durable_maps(self, group: GroupRecord, extents: int) -> tuple[DurableMap, DurableMap]:
+        """The Persistent Delta Map and the Persistent Protected Restore Map of a group, loaded.
+
+        A damaged sector of the former reads as all ones; of the latter as zeros, and `damaged` of
+        the map says so.
+        """
+        return load_durable_maps(self._read, self.superblock.uuid, group, extents)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        return bytes(self._medium.view[offset : offset + length])
+
+    def clear_durably(self, slot: MapSlot) -> None:
+        """Durable maps that have never been written are zeros on stable storage. Blocks."""
+        for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
+            self.write_durably(at, bytes(min(1 << 20, slot.offset + slot.length - at)))
 
     def _spoil(self, generation: int) -> None:
         """The record that could not be written must not be found later: what it says has not
@@ -168,10 +197,14 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]
         try:
             generation, payload = layout.unpack_record(superblock, slot)
             found.append((generation, decode_record(payload)))
-        except (DamagedError, msgspec.MsgspecError) as damage:
+        except DamagedError as damage:
             reasons.append(f"record slot {letter}: {damage}")
+        except msgspec.MsgspecError as unknown:
+            reasons.append(
+                f"record slot {letter}: it is whole, but not of this version of clonefs ({unknown})"
+            )
     if not found:
-        raise failed(f"{medium.name} is damaged: {'; '.join(reasons)}")
+        raise failed(f"{medium.name} has no record that can be read: {'; '.join(reasons)}")
     return max(found, key=lambda pair: pair[0])
 
 
@@ -284,19 +317,32 @@ def open_volume(path: Path, *, boot_id: str | None = None) -> MetadataVolume:
 
     `boot_id`: this boot of the machine, if it is not to be read from the kernel.
     """
-    fd = _open_volume(path, os.O_RDWR)
+    medium = open_medium(path)
     try:
-        if os.lseek(fd, 0, os.SEEK_END) < MINIMUM_SIZE:
-            raise invalid(f"{path} is not a clonefs metadata volume: it is too small for one")
-        medium = FileMedium(fd, str(path))
-    except BaseException:
-        os.close(fd)
-        raise
-    try:
-        return MetadataVolume(medium, boot_id or _BOOT_ID.read_text().strip())
+        return MetadataVolume(medium, boot_id or this_boot())
     except BaseException:
         medium.close()
         raise
+
+
+def open_medium(path: Path, *, read_only: bool = False) -> FileMedium:
+    """Open and lock what lies at `path`, whatever it holds. Blocks. Raises ClonefsError.
+
+    `read_only`: nothing that is done to the medium can change it.
+    """
+    fd = _open_volume(path, os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        if os.lseek(fd, 0, os.SEEK_END) < MINIMUM_SIZE:
+            raise invalid(f"{path} is not a clonefs metadata volume: it is too small for one")
+        return FileMedium(fd, str(path), private=read_only)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def this_boot() -> str:
+    """The boot id of the machine as it runs now."""
+    return _BOOT_ID.read_text().strip()
 
 
 def was_closed_cleanly(path: Path) -> bool:

@@ -1,0 +1,240 @@
+"""Durable maps: what recovery fills the live maps from when the page cache is gone.
+
+A durable map lies in sectors of 512 bytes, each with a checksum, a generation and the number of the
+restore that it belongs to, once or in two copies. A sector is written whole or not at all (an
+assumption that docs/crash-safety.md states), and is on stable storage before anybody relies on it.
+
+Invariants: a bit that `covers` vouches for is on stable storage; a bit that is set in memory and
+not yet there belongs to a sector in `unwritten` or `writing`; copies are written one after the other.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bitarray import bitarray
+
+from clonefs.volume.layout import (
+    DURABLE_MAPS,
+    DURABLE_SECTOR,
+    EXTENTS_PER_DURABLE_SECTOR,
+    DamagedError,
+)
+from clonefs.volume.record import GroupRecord, MapSlot
+
+PERSISTENT_DELTA_MAP = 1
+PERSISTENT_PROTECTED_RESTORE_MAP = 2
+
+_HEADER = struct.Struct("<IBBHQII8s")
+_BITS = EXTENTS_PER_DURABLE_SECTOR
+_NEVER_WRITTEN = bytes(DURABLE_SECTOR)
+
+assert _HEADER.size == 32
+
+Read = Callable[[int, int], bytes]
+Write = Callable[[int, bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Runs of sectors to be written in this order, as (byte offset, bytes)."""
+
+    writes: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sector:
+    """What a sector says that is not damaged. Generation 0: it has never been written."""
+
+    generation: int
+    epoch: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which sector of which copy of which map of which volume: no sector passes for another."""
+
+    kind: int
+    uuid: bytes
+    copy: int
+    sector: int
+
+
+_EMPTY = Sector(0, 0, bytes(DURABLE_SECTOR - _HEADER.size))
+
+
+def unpack_sector(place: Place, data: bytes) -> Sector:
+    """Raises DamagedError for what is damaged, or of another place."""
+    if data == _NEVER_WRITTEN:
+        return _EMPTY
+    if len(data) < DURABLE_SECTOR:
+        raise DamagedError("it lies beyond the end of the volume")
+    checksum, kind, copy, _, generation, sector, epoch, uuid = _HEADER.unpack_from(data)
+    if checksum != zlib.crc32(data[4:]):
+        raise DamagedError("its checksum is wrong")
+    if (kind, uuid, copy, sector) != (place.kind, place.uuid[:8], place.copy, place.sector):
+        raise DamagedError("it belongs to another place, or to another volume")
+    return Sector(generation, epoch, data[_HEADER.size :])
+
+
+def pack_sector(place: Place, sector: Sector) -> bytes:
+    """The bytes that `unpack_sector` reads again."""
+    header = _HEADER.pack(
+        0,
+        place.kind,
+        place.copy,
+        0,
+        sector.generation,
+        place.sector,
+        sector.epoch,
+        place.uuid[:8],
+    )
+    data = header[4:] + sector.payload.ljust(DURABLE_SECTOR - _HEADER.size, b"\0")
+    return struct.pack("<I", zlib.crc32(data)) + data
+
+
+def starts_of_maps(slot: MapSlot) -> tuple[int, int, int]:
+    """The bytes at which the PDM and the two copies of the PPRM begin."""
+    length = slot.length // DURABLE_MAPS
+    return slot.offset, slot.offset + length, slot.offset + 2 * length
+
+
+def load_durable_maps(
+    read: Read, uuid: bytes, group: GroupRecord, extents: int
+) -> "tuple[DurableMap, DurableMap]":
+    """The PDM and the PPRM of a group; see MetadataVolume.durable_maps."""
+    first, second, third = starts_of_maps(group.durable)
+    delta = DurableMap(PERSISTENT_DELTA_MAP, uuid, (first,), extents, 0)
+    protected = DurableMap(
+        PERSISTENT_PROTECTED_RESTORE_MAP, uuid, (second, third), extents, group.epoch
+    )
+    delta.load(read, damaged_as=1)
+    protected.load(read, damaged_as=0)
+    return delta, protected
+
+
+class DurableMap:
+    """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`.
+
+    `epoch` is the number of the restore that the bits belong to; 0 where that does not matter.
+    `damaged` are the sectors of which no copy could be read.
+    """
+
+    def __init__(
+        self, kind: int, uuid: bytes, offsets: tuple[int, ...], extents: int, epoch: int
+    ) -> None:
+        self.kind = kind
+        self.extents = extents
+        self.epoch = epoch
+        self.sectors = -(-extents // _BITS)
+        self.bits = bitarray(extents, endian="little")
+        self.unwritten: set[int] = set()
+        self.writing: set[int] = set()
+        self.damaged: list[int] = []
+        self._uuid = uuid
+        self._offsets = offsets
+        self._generations = [0] * self.sectors
+
+    def load(self, read: Read, *, damaged_as: int) -> None:
+        """Fill the map from the medium; a sector of which no copy is sound gets `damaged_as`."""
+        length = self.sectors * DURABLE_SECTOR
+        copies = [read(offset, length) for offset in self._offsets]
+        for sector in range(self.sectors):
+            at = sector * DURABLE_SECTOR
+            found = [
+                self._unpack(sector, copy_number, copy[at : at + DURABLE_SECTOR])
+                for copy_number, copy in enumerate(copies)
+            ]
+            sound = [each for each in found if each is not None]
+            start, stop = self._range(sector)
+            if not sound:
+                self.damaged.append(sector)
+                self.bits[start:stop] = damaged_as
+                if damaged_as:
+                    self.unwritten.add(sector)
+                continue
+            newest = max(sound, key=lambda each: each.generation)
+            self._generations[sector] = newest.generation
+            if newest.epoch == self.epoch:
+                bits = bitarray(endian="little")
+                bits.frombytes(newest.payload)
+                self.bits[start:stop] = bits[: stop - start]
+
+    def _unpack(self, sector: int, copy: int, data: bytes) -> Sector | None:
+        try:
+            return unpack_sector(Place(self.kind, self._uuid, copy, sector), data)
+        except DamagedError:
+            return None
+
+    def _pack(self, sector: int, copy: int) -> bytes:
+        start, stop = self._range(sector)
+        held = Sector(self._generations[sector], self.epoch, self.bits[start:stop].tobytes())
+        return pack_sector(Place(self.kind, self._uuid, copy, sector), held)
+
+    def _range(self, sector: int) -> tuple[int, int]:
+        return sector * _BITS, min((sector + 1) * _BITS, self.extents)
+
+    def covers(self, first: int, stop: int) -> bool:
+        """Whether all of [first, stop) is set, on stable storage."""
+        if self.bits.find(0, first, stop) >= 0:
+            return False
+        if not self.unwritten and not self.writing:
+            return True
+        sectors = range(first // _BITS, (stop - 1) // _BITS + 1)
+        return self.unwritten.isdisjoint(sectors) and self.writing.isdisjoint(sectors)
+
+    def mark(self, first: int, stop: int) -> None:
+        """Set [first, stop), to be written."""
+        at = self.bits.find(0, first, stop)
+        while at >= 0:
+            sector = at // _BITS
+            end = min(stop, self._range(sector)[1])
+            self.bits[at:end] = 1
+            self.unwritten.add(sector)
+            at = self.bits.find(0, end, stop) if end < stop else -1
+
+    def clear(self, bits: bitarray, start: int) -> None:
+        """Clear what is set in `bits`, which begin at extent `start`, to be written."""
+        stop = start + len(bits)
+        common = self.bits[start:stop] & bits
+        if not common.any():
+            return
+        for sector in range(start // _BITS, (stop - 1) // _BITS + 1):
+            low, high = self._range(sector)
+            if common[max(low, start) - start : min(high, stop) - start].any():
+                self.unwritten.add(sector)
+        self.bits[start:stop] &= ~bits
+
+    def begin_epoch(self, epoch: int) -> None:
+        """All is clear for the restore number `epoch`, once the record says that number: sectors of
+        another one count as empty."""
+        self.epoch = epoch
+        self.bits.setall(0)
+        self.unwritten.clear()
+        self.damaged.clear()
+
+    def begin_write(self) -> Batch:
+        """What has to be written now. One batch at a time; `end_write` must follow."""
+        assert not self.writing
+        self.writing, self.unwritten = self.unwritten, set()
+        sectors = sorted(self.writing)
+        for sector in sectors:
+            self._generations[sector] += 1
+        writes = []
+        for copy, offset in enumerate(self._offsets):
+            run: list[bytes] = []
+            for index, sector in enumerate(sectors):
+                run.append(self._pack(sector, copy))
+                if index + 1 == len(sectors) or sectors[index + 1] != sector + 1:
+                    first = sector + 1 - len(run)
+                    writes.append((offset + first * DURABLE_SECTOR, b"".join(run)))
+                    run = []
+        return Batch(tuple(writes))
+
+    def end_write(self, *, written: bool) -> None:
+        """The batch is on stable storage; or nobody knows, and it has to be written again."""
+        if not written:
+            self.unwritten |= self.writing
+        self.writing = set()
