@@ -4,15 +4,16 @@ Real group and engines over simulated units; extents are those of the figures, 0
 """
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
+from bitarray import bitarray
 
 from clonefs.engines import Recorder, StorageSystem
-from clonefs.extents import extent_list
+from clonefs.extents import ExtentMap, extent_list
 from clonefs.group import CloneGroup
 from clonefs.testing.world import SimulatedMedium, SimulatedUnit, World
 from clonefs.units import LogicalUnit
@@ -21,10 +22,15 @@ from clonefs.volume import CloneState, MetadataVolume, format_medium
 EXTENT = 4096
 EXTENTS = 8
 SIZE = EXTENT * EXTENTS
+CHECKPOINT = 1000.0  # seconds: when a test says so, and not before
 
 
 def extent_of(letter: str) -> bytes:
     return letter.encode() * EXTENT
+
+
+def _listed(bits: bitarray) -> str:
+    return extent_list(ExtentMap(bits, len(bits)))
 
 
 class Rig:
@@ -40,6 +46,20 @@ class Rig:
 
     def delta(self, clone: str) -> str:
         return extent_list(self.group.clones[clone].delta)
+
+    def durable(self) -> tuple[str, str]:
+        """The Persistent Delta Map and the Persistent Protected Restore Map."""
+        durability = self.system.servers["group"].durability
+        return _listed(durability.delta.bits), _listed(durability.protected.bits)
+
+    def cut_the_power(self) -> World:
+        """The machine as it is found again: only what was flushed is left."""
+        disks = {name: bytearray(disk._on_disk) for name, disk in self.world.disks.items()}
+        volume = bytearray(self.world.volume_on_disk)
+        world = World(random.Random(0), volume=volume, volume_on_disk=bytearray(volume))
+        for name, content in disks.items():
+            SimulatedUnit(world, name, content)
+        return world
 
     @property
     def protected(self) -> str:
@@ -67,10 +87,14 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(*clones: str) -> AsyncIterator[Rig]:
-    world = World(random.Random(0), volume=bytearray(1 << 20))
-    format_medium(SimulatedMedium(world), bytes(16))
-    for name in ("source", *clones):
+async def rig(*clones: str, after: World | None = None) -> AsyncIterator[Rig]:
+    """A group with these clones, synchronized; or what recovery makes of `after` a power cut."""
+    world = after or World(
+        random.Random(0), volume=bytearray(1 << 20), volume_on_disk=bytearray(1 << 20)
+    )
+    if after is None:
+        format_medium(SimulatedMedium(world), bytes(16))
+    for name in () if after else ("source", *clones):
         content = b"".join(extent_of(letter) for letter in "abcdefgh")
         SimulatedUnit(world, name, bytearray(content if name == "source" else bytes(SIZE)))
 
@@ -82,16 +106,28 @@ async def rig(*clones: str) -> AsyncIterator[Rig]:
     async def nothing(_group: str) -> None:
         pass
 
+    async def at_once(work: Callable[[], None]) -> None:
+        work()
+
     system = StorageSystem(
-        Recorder(MetadataVolume(SimulatedMedium(world), "boot")),
+        Recorder(
+            MetadataVolume(SimulatedMedium(world), "boot" if after is None else "another boot"),
+            at_once,
+        ),
         open_unit,
         forget_pages=nothing,
         wall_clock=trio.current_time,
         on_event=lambda line: None,
         run=EXTENT,
+        run_ahead=1,
+        checkpoint=CHECKPOINT,
     )
     async with trio.open_nursery() as nursery:
         await system.start(nursery)
+        if after is not None:
+            yield Rig(system, world)
+            nursery.cancel_scope.cancel()
+            return
         await system.add_group("group", Path("/source"), size=None, extent_size=EXTENT)
         made = Rig(system, world)
         for name in clones:
@@ -152,6 +188,60 @@ async def test_figure_8_a_write_over_two_extents_with_a_second_clone() -> None:
         await r.until("clone22", CloneState.FRACTURED)
         assert r.delta("clone22") == "6-7"
         assert r.content("clone22") == b"".join(extent_of(letter) for letter in "abcdefgh")
+
+
+async def test_figures_7_to_9_a_restore_that_a_power_cut_broke_off() -> None:
+    """Host write 1 sets bits 6 and 7 in clone 60's map and in the Persistent Delta Map; recovery
+    sets them again in clone 22's, and the Protected Restore Map keeps both engines off them."""
+    async with rig("clone22", "clone60") as r:
+        server = r.system.servers["group"]
+        await server.durability.checkpoint(server.flush_all)
+        await r.system.fracture([("group", "clone22")])
+        await r.write(7, extent_of("x"))
+        await r.write(1, extent_of("y"))
+        await r.system.fracture([("group", "clone60")])
+        with hold_the_sweep(r):
+            await r.system.protected_restore("group", "clone22")
+            await r.write(6, b"w" * 1024, offset=EXTENT - 512)
+            await r.system.sources["group"].flush()
+            # Fig. 8: what is on stable storage before the failure.
+            assert r.durable() == ("1,6-7", "6-7")
+            assert (r.delta("clone22"), r.delta("clone60")) == ("1", "1,6-7")
+            world = r.cut_the_power()
+    expected = extent_of("g")[:-512] + b"w" * 1024 + extent_of("h")[512:]
+    async with rig(after=world) as r:
+        # Fig. 9: bits 6 and 7 had been cleared in clone 22's map, and are set again (area 63).
+        assert (r.delta("clone22"), r.delta("clone60"), r.protected) == ("1,6-7", "1,6-7", "6-7")
+        assert r.group.clones["clone22"].state is CloneState.RESTORING
+        assert r.group.pending_count() == 1
+        with hold_the_sweep(r):
+            # Host write 2, to the same extents: no COD, for that would overwrite host write 1.
+            assert await r.read(6, 2) == expected
+            await r.write(7, b"z" * 512, offset=2048)
+            assert r.system.servers["group"].counts.cod == 0
+        await r.until("clone22", CloneState.FRACTURED)
+        # Neither engine has copied extents 6 and 7: only extent 1 came from the clone.
+        assert r.system.servers["group"].counts.sync == 1
+        written = bytearray(expected)
+        written[EXTENT + 2048 : EXTENT + 2560] = b"z" * 512
+        assert await r.read(6, 2) == written
+        assert await r.read(1) == extent_of("b")
+        assert (r.delta("clone22"), r.protected) == ("6-7", "")
+        assert r.content("clone22") == b"".join(extent_of(letter) for letter in "abcdefgh")
+
+
+async def test_a_checkpoint_trims_what_is_equal_again() -> None:
+    async with rig("clone") as r:
+        server = r.system.servers["group"]
+        assert r.durable() == ("0-7", "")
+        await server.durability.checkpoint(server.flush_all)
+        assert r.durable() == ("", "")
+        await r.write(3, b"m" * 512)  # mirrored: different for an instant
+        assert r.durable() == ("3", "")
+        await r.system.fracture([("group", "clone")])
+        await r.write(5, b"s" * 512)
+        await server.durability.checkpoint(server.flush_all)
+        assert (r.delta("clone"), r.durable()) == ("5", ("5", ""))
 
 
 async def test_a_write_of_whole_extents_needs_no_copy() -> None:

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import trio
+from bitarray import bitarray
+from msgspec.structs import replace
 
-from clonefs.engines import StorageSystem
+from clonefs.engines import StorageSystem, recovery
+from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.extents import ExtentMap
 from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.testing import Plan, Violation, run_simulation
 from clonefs.units import Buffer
-from clonefs.volume import GroupRecord
+from clonefs.volume import DurableMap, GroupRecord, MetadataVolume
 
-SEEDS = 150
+SEEDS = 400
 
 Most = Callable[[int], int]
 Patch = pytest.MonkeyPatch
@@ -227,6 +230,104 @@ def restart_drops_early(patch: Patch) -> None:
     patch.setattr(StorageSystem, "_empty_protected", empty)
 
 
+def intent_not_awaited(patch: Patch) -> None:
+    """D1: writes are issued before the PDM has them on stable storage."""
+    patch.setattr(
+        DurableMap, "covers", lambda self, first, stop: self.bits.find(0, first, stop) < 0
+    )
+
+
+def trimmed_without_a_flush(patch: Patch) -> None:
+    """D2: a checkpoint clears the PDM without flushing the units."""
+    original = Durability.checkpoint
+
+    async def nothing() -> None:
+        pass
+
+    async def checkpoint(self: Durability, flush: Any) -> None:
+        await original(self, nothing)
+
+    patch.setattr(Durability, "checkpoint", checkpoint)
+
+
+def trimmed_though_protected(patch: Patch) -> None:
+    """D2: a checkpoint clears what only the Protected Restore Map has."""
+
+    def union(self: CloneGroup, start: int, stop: int) -> bitarray:
+        bits = bitarray(stop - start, endian="little")
+        for clone in self.clones.values():
+            bits |= clone.delta.bits[start:stop]
+        return bits
+
+    patch.setattr(CloneGroup, "live_union", union)
+
+
+def fractured_without_a_flush(patch: Patch) -> None:
+    """D3: the clone is not flushed before the record says that it is fractured."""
+
+    async def nothing(self: StorageSystem, server: Any, names: Any) -> None:
+        pass
+
+    patch.setattr(StorageSystem, "_flush_mirrored", nothing)
+
+
+def restored_into_the_old_map(patch: Patch) -> None:
+    """D4: a restore begins with the PPRM of the one before."""
+    original = transitions.begin_restore
+
+    def begin(group: GroupRecord, name: str, **facts: Any) -> GroupRecord:
+        return replace(original(group, name, **facts), epoch=group.epoch)
+
+    patch.setattr(transitions, "begin_restore", begin)
+
+
+def protected_before_the_flush(patch: Patch) -> None:
+    """D5: the PPRM gets an extent before the Source is flushed."""
+
+    async def flush(self: Durability, flush: Any) -> None:
+        for first, stop in list(self._group.newly_protected):
+            self.protected.mark(first, stop)
+        await self.settle(self.protected)
+        await flush()
+
+    patch.setattr(Durability, "flush", flush)
+
+
+def flushed_without_the_map(patch: Patch) -> None:
+    """D6: a host's flush does not let the PPRM have what P has."""
+
+    async def flush(self: Durability, flush: Any) -> None:
+        await flush()
+
+    patch.setattr(Durability, "flush", flush)
+
+
+def ended_without_a_flush(patch: Patch) -> None:
+    """D7: a restore ends without a flush of the Source."""
+
+    async def complete(self: StorageSystem, server: Any, name: str) -> None:
+        async with server.held():
+            if server.group.next_pending(0, server.group.geometry.extents) < 0:
+                server.group.drop_protected_delta()
+                await server.change(lambda record: transitions.complete_restore(record, name))
+
+    patch.setattr(StorageSystem, "_complete_restore", complete)
+
+
+def recovered_without_the_protected_map(patch: Patch) -> None:
+    """D9: recovery does not fill P."""
+    original = recovery.load
+
+    def load(volume: MetadataVolume, record: GroupRecord) -> recovery.Loaded:
+        loaded = original(volume, record)
+        if not volume.trusted:
+            loaded.group.protected.clear_all()
+        return loaded
+
+    patch.setattr("clonefs.engines.system.load", load)
+    patch.setattr("clonefs.testing.simulation.load", load)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -247,6 +348,15 @@ MUTANTS: list[Mutant] = [
     not_split_at_a_restore,
     protected_map_dropped,
     restart_drops_early,
+    intent_not_awaited,
+    trimmed_without_a_flush,
+    trimmed_though_protected,
+    fractured_without_a_flush,
+    restored_into_the_old_map,
+    protected_before_the_flush,
+    flushed_without_the_map,
+    ended_without_a_flush,
+    recovered_without_the_protected_map,
 ]
 
 
@@ -255,7 +365,7 @@ def test_the_simulator_notices(mutant: Mutant, monkeypatch: Patch) -> None:
     mutant(monkeypatch)
     for seed in range(SEEDS):
         try:
-            run_simulation(Plan(seed, fault_rate=0.02 if seed % 2 else 0.0))
+            run_simulation(Plan(seed, clones=1 + seed % 3, fault_rate=0.02 if seed % 2 else 0.0))
         except (Violation, AssertionError):
             return
     pytest.fail(f"{SEEDS} seeds did not notice: {mutant.__doc__}")

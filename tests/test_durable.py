@@ -1,0 +1,180 @@
+"""The durable maps: sectors, copies, damage."""
+
+import random
+
+import pytest
+from bitarray import bitarray
+
+from clonefs.volume import DurableMap
+from clonefs.volume.durable import PERSISTENT_DELTA_MAP, PERSISTENT_PROTECTED_RESTORE_MAP
+from clonefs.volume.layout import DURABLE_SECTOR, EXTENTS_PER_DURABLE_SECTOR
+
+BITS = EXTENTS_PER_DURABLE_SECTOR
+EXTENTS = 3 * BITS + 100
+UUID = bytes(range(16))
+COPIES = (0, 8192)
+
+
+class Disk:
+    """Where the sectors lie."""
+
+    def __init__(self) -> None:
+        self.content = bytearray(16384)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.content[offset : offset + length])
+
+    def write_out(self, durable: DurableMap) -> int:
+        batch = durable.begin_write()
+        for offset, data in batch.writes:
+            self.content[offset : offset + len(data)] = data
+        durable.end_write(written=True)
+        return len(batch.writes)
+
+    def load(self, *, epoch: int = 1, damaged_as: int = 0, uuid: bytes = UUID) -> DurableMap:
+        kind = PERSISTENT_PROTECTED_RESTORE_MAP
+        durable = DurableMap(kind, uuid, COPIES, EXTENTS, epoch)
+        durable.load(self.read, damaged_as=damaged_as)
+        return durable
+
+
+def test_what_was_written_is_loaded_again() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(5, 6)
+    durable.mark(BITS - 1, BITS + 2)
+    durable.mark(EXTENTS - 1, EXTENTS)
+    assert not durable.covers(5, 6)
+    assert disk.write_out(durable) == 4  # sectors 0 and 1 in one piece, sector 3; two copies
+    assert durable.covers(5, 6)
+    assert durable.covers(BITS - 1, BITS + 2)
+    assert not durable.covers(5, 7)
+    assert disk.load().bits == durable.bits
+    assert not disk.load().damaged
+
+
+def test_what_is_being_written_is_not_relied_on() -> None:
+    durable = Disk().load()
+    durable.mark(0, 10)
+    durable.begin_write()
+    durable.mark(20, 21)
+    assert not durable.covers(0, 10)
+    durable.end_write(written=True)
+    assert not durable.covers(0, 10)  # its sector has to be written again
+    durable.begin_write()
+    durable.end_write(written=False)
+    assert not durable.covers(0, 10)
+    durable.begin_write()
+    durable.end_write(written=True)
+    assert durable.covers(0, 10)
+    assert durable.covers(20, 21)
+
+
+def test_what_is_cleared_is_covered_no_more() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(0, EXTENTS)
+    disk.write_out(durable)
+    part = bitarray(200, endian="little")
+    part.setall(0)
+    part[10:20] = 1
+    durable.clear(part, BITS - 15)
+    assert not durable.covers(BITS - 5, BITS - 4)
+    assert not durable.covers(BITS + 4, BITS + 5)
+    assert durable.covers(2 * BITS, 3 * BITS)
+    disk.write_out(durable)
+    assert disk.load().bits == durable.bits
+    assert durable.bits.count(0) == 10
+
+
+def test_a_sector_that_is_bad_in_one_copy_is_read_from_the_other() -> None:
+    for copy in COPIES:
+        disk = Disk()
+        durable = disk.load()
+        durable.mark(7, 8)
+        disk.write_out(durable)
+        disk.content[copy + 100] ^= 1
+        assert disk.load().bits[7]
+        assert not disk.load().damaged
+
+
+def test_the_newer_copy_counts() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(7, 8)
+    disk.write_out(durable)
+    old = bytes(disk.content[COPIES[1] : COPIES[1] + DURABLE_SECTOR])
+    durable.mark(9, 10)
+    disk.write_out(durable)
+    disk.content[COPIES[1] : COPIES[1] + DURABLE_SECTOR] = old
+    assert disk.load().bits[9]
+
+
+@pytest.mark.parametrize("damaged_as", [0, 1])
+def test_a_sector_that_is_bad_everywhere(damaged_as: int) -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(BITS, BITS + 1)
+    disk.write_out(durable)
+    for copy in COPIES:
+        disk.content[copy + DURABLE_SECTOR + 200] ^= 1
+    loaded = disk.load(damaged_as=damaged_as)
+    assert loaded.damaged == [1]
+    assert loaded.bits[:BITS].count(1) == 0
+    assert loaded.bits[BITS : 2 * BITS].count(damaged_as) == BITS
+    # All ones must be written before anybody relies on them... or be bad again, which is as good.
+    assert not loaded.covers(BITS, BITS + 1)
+
+
+def test_sectors_of_another_restore_volume_place_or_map_do_not_count() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(0, 100)
+    disk.write_out(durable)
+    assert disk.load(epoch=2).bits.count(1) == 0
+    assert not disk.load(epoch=2).damaged
+    assert disk.load(uuid=bytes(16)).damaged == [0]
+    moved = Disk()
+    for copy in COPIES:
+        start = copy + DURABLE_SECTOR
+        moved.content[start : start + DURABLE_SECTOR] = disk.content[copy : copy + DURABLE_SECTOR]
+    assert moved.load().damaged == [1]
+    delta = DurableMap(PERSISTENT_DELTA_MAP, UUID, (COPIES[0],), EXTENTS, 1)
+    delta.load(disk.read, damaged_as=1)
+    assert delta.damaged == [0]
+    assert delta.bits[:BITS].all()
+
+
+def test_a_new_restore_begins_with_nothing() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(0, 100)
+    disk.write_out(durable)
+    durable.begin_epoch(2)
+    assert durable.bits.count(1) == 0
+    durable.mark(50, 51)
+    disk.write_out(durable)
+    assert disk.load(epoch=2).bits.count(1) == 1
+    assert disk.load(epoch=1).bits.count(1) == 0
+
+
+def test_against_a_model() -> None:
+    rng = random.Random(3)
+    disk = Disk()
+    durable = disk.load()
+    model = bitarray(EXTENTS, endian="little")
+    for _ in range(400):
+        first = rng.randrange(EXTENTS)
+        stop = min(EXTENTS, first + rng.choice((1, 3, 300, 5000)))
+        if rng.random() < 0.6:
+            durable.mark(first, stop)
+            model[first:stop] = 1
+        else:
+            bits = bitarray(stop - first, endian="little")
+            bits.setall(1)
+            durable.clear(bits, first)
+            model[first:stop] = 0
+        if rng.random() < 0.3:
+            disk.write_out(durable)
+            assert disk.load().bits == model
+    assert durable.bits == model
