@@ -156,7 +156,7 @@ def test_two_damaged_records_are_refused(meta: Path) -> None:
             file.seek(plan(1 << 20, bytes(16)).record_slot(generation) + 30)
             file.write(b"garbage")
     with pytest.raises(
-        ClonefsError, match=r"no record that can be read.*record slot A.*record slot B"
+        ClonefsError, match=r"damaged.*record slot A.*record slot B"
     ):
         open_volume(meta)
 

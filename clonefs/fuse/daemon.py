@@ -103,7 +103,9 @@ class Daemon:
 
     @contextlib.asynccontextmanager
     async def _mounted(self) -> AsyncIterator[None]:
-        name = self._system.volume.name.replace("\\", "\\\\").replace(",", "\\,")
+        # Options are ASCII for pyfuse3, and libfuse takes a comma for their end.
+        name = self._system.volume.name.encode("ascii", "backslashreplace").decode()
+        name = name.replace("\\", "\\\\").replace(",", "\\,")
         options = {
             "default_permissions",
             f"fsname={name}",

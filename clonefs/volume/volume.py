@@ -201,10 +201,10 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]
             reasons.append(f"record slot {letter}: {damage}")
         except msgspec.MsgspecError as unknown:
             reasons.append(
-                f"record slot {letter}: it is whole, but not of this version of clonefs ({unknown})"
+                f"record slot {letter}: it is whole, but this clonefs does not know it ({unknown})"
             )
     if not found:
-        raise failed(f"{medium.name} has no record that can be read: {'; '.join(reasons)}")
+        raise failed(f"{medium.name} is damaged, or newer than this clonefs: {'; '.join(reasons)}")
     return max(found, key=lambda pair: pair[0])
 
 

@@ -39,6 +39,7 @@ STUCK = "64K"  # a rate at which the Sync Engine copies one extent a second
 ENOUGH_RESTORES = 10
 FIRST_READS = 400
 IO_SIZE = 512 * MiB
+AHEAD = 512 * EXTENT  # what is marked in the Persistent Delta Map at once
 
 
 @dataclass(frozen=True)
@@ -206,23 +207,8 @@ def first_read(work: Path, options: Options) -> str:
                 mount.command("reads/clone/fracture", "force")
             fill(mount.lu("reads"), size)
             mount.command("reads/clone/protected_restore")
-            times = time_reads(mount, size // EXTENT)
-            for name, values in times.of.items():
-                medians.add(name, statistics.median(values))
-                all_times.of.setdefault(name, []).extend(values)
-    return table(
-        ("4 KiB read", "reads", "median, µs", "99 of 100 within, µs", "ratio to the clone's"),
-        *(
-            (
-                name,
-                len(values),
-                f"{1e6 * statistics.median(values):.0f}",
-                f"{1e6 * statistics.quantiles(values, n=100)[98]:.0f}",
-                medians.ratio(name, "of the clone"),
-            )
-            for name, values in all_times.of.items()
-        ),
-    )
+            add_round(time_reads(mount, size // EXTENT), medians, all_times)
+    return of_requests("4 KiB read", medians, all_times, "of the clone")
 
 
 def time_reads(mount: Mount, extents: int) -> Samples:
@@ -245,7 +231,60 @@ def time_reads(mount: Mount, extents: int) -> Samples:
     return samples
 
 
-# 3: the whole copy of a restore against cp
+# 3: the first write to an extent since it was equal
+
+
+def first_write(work: Path, options: Options) -> str:
+    """Microseconds of 4 KiB writes through the mount to a Source with a fractured clone."""
+    mount = Mount(work)
+    per_round = 64
+    size = options.rounds * per_round * AHEAD
+    names = ("the first in 32 MiB", "the first in its extent", "to the same extent again")
+    medians, all_times = Samples(), Samples()
+    with mount.served():
+        mount.add_group("writes", size)
+        mount.add_clone("writes")
+        mount.command("writes/clone/fracture")
+        durable = mount.mountpoint / "control/writes/persistent_delta_map"
+        wait_for(lambda: not durable.read_text().strip(), "a checkpoint")
+        with opened(mount.lu("writes"), os.O_WRONLY) as source:
+            for number in range(options.rounds):
+                times = Samples()
+                for run_of in range(number * per_round, (number + 1) * per_round):
+                    at = run_of * AHEAD + EXTENT
+                    for name, offset in zip(names, (at, at + EXTENT, at + EXTENT), strict=True):
+                        started = time.perf_counter()
+                        os.pwrite(source, bytes(4096), offset)
+                        times.add(name, time.perf_counter() - started)
+                add_round(times, medians, all_times)
+    return of_requests("4 KiB write", medians, all_times, names[-1])
+
+
+def add_round(times: Samples, medians: Samples, all_times: Samples) -> None:
+    """Add the single requests of a round."""
+    for name, values in times.of.items():
+        medians.add(name, statistics.median(values))
+        all_times.of.setdefault(name, []).extend(values)
+
+
+def of_requests(title: str, medians: Samples, all_times: Samples, to: str) -> str:
+    """A table of single requests."""
+    return table(
+        (title, "requests", "median, µs", "99 of 100 within, µs", f"ratio to: {to}"),
+        *(
+            (
+                name,
+                len(values),
+                f"{1e6 * statistics.median(values):.0f}",
+                f"{1e6 * statistics.quantiles(values, n=100)[98]:.0f}",
+                medians.ratio(name, to),
+            )
+            for name, values in all_times.of.items()
+        ),
+    )
+
+
+# 4: the whole copy of a restore against cp
 
 
 def copy(work: Path, options: Options) -> str:
@@ -307,7 +346,7 @@ def compare(samples: Samples, *ours: str) -> str:
     )
 
 
-# 4: host I/O against another FUSE file system and the bare file
+# 5: host I/O against another FUSE file system and the bare file
 
 
 class Cell(NamedTuple):
@@ -401,7 +440,7 @@ def fio(path: Path, cell: Cell, seconds: float, *, raw: bool) -> float:
     return float(job["write" if "write" in cell.rw else "read"]["iops"])
 
 
-# 5: memory
+# 6: memory
 
 
 def memory(work: Path, options: Options) -> str:
@@ -430,7 +469,7 @@ def resident(pid: int) -> dict[str, str]:
     return {name: f"{int(value) / 1024:.1f}" for name, value in found}
 
 
-# 6: a first sync against cp
+# 7: a first sync against cp
 
 
 def sync(work: Path, options: Options) -> str:
@@ -468,6 +507,7 @@ def sync(work: Path, options: Options) -> str:
 BENCHES: dict[str, Callable[[Path, Options], str]] = {
     "restore": restore,
     "first-read": first_read,
+    "first-write": first_write,
     "copy": copy,
     "io": host_io,
     "memory": memory,
@@ -483,7 +523,7 @@ def machine(work: Path) -> str:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GiB
     return (
         f"{os.cpu_count()} cores, {memory:.0f} GiB, Linux {kernel}, {file_system}, "
-        f"Python {platform.python_version()}; load average {os.getloadavg()[0]:.1f} before."
+        f"Python {platform.python_version()}"
     )
 
 
@@ -511,8 +551,10 @@ def main() -> None:
     options = Options(max(1, arguments.rounds), arguments.seconds)
     for name in arguments.only or BENCHES:
         with stage() as work:
-            where = machine(work)
-            text = f"{where}\n\n{BENCHES[name](work, options)}"
+            before = os.getloadavg()[0]
+            result = BENCHES[name](work, options)
+            load = f"load average {before:.1f} before and {os.getloadavg()[0]:.1f} after"
+            text = f"{machine(work)}; {load}.\n\n{result}"
         print(f"\n## {name}\n\n{text}", flush=True)
         if arguments.write:
             put_into_page(name, text)
