@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, RestoreStatistics
 from clonefs.fuse import options, render
 from clonefs.fuse.control import CLONE, GROUP, TABLES, TOP, ControlFile
@@ -20,6 +21,7 @@ from clonefs.volume import (
     GroupRecord,
     MetadataVolume,
     Record,
+    durable,
     layout,
     open_volume,
 )
@@ -208,7 +210,7 @@ def test_the_example_is_a_volume() -> None:
     at = superblock.record_slot(6)
     slot = bytes(volume[at : at + superblock.record_size])
     generation, payload = layout.unpack_record(superblock, slot)
-    assert (at, generation, len(payload)) == (0x1000, 6, 0x206)
+    assert (at, generation, len(payload)) == (0x1000, 6, 0x20A)
     record = decode_record(payload)
     group = record.groups[0]
     clone = group.clone("nightly")
@@ -220,6 +222,20 @@ def test_the_example_is_a_volume() -> None:
         151552,
     )
     assert volume[clone.delta.offset] == 0x70
+    start, *copies = durable.starts_of_maps(group.durable)
+    place = durable.Place(durable.PERSISTENT_DELTA_MAP, superblock.uuid, copy=0, sector=0)
+    sector = durable.unpack_sector(place, bytes(volume[start : start + layout.DURABLE_SECTOR]))
+    assert (sector.generation, sector.epoch, sector.payload[0]) == (4, 0, 0x70)
+    assert not any(any(volume[at : at + layout.PAGE]) for at in copies)
+
+
+def test_the_numbers_of_the_durable_maps_are_those_of_the_code() -> None:
+    text = section(page("crash-safety.md"), "## Rules")
+    assert f"{RUN_AHEAD} extents, aligned" in text
+    assert f"every {CHECKPOINT:.0f} s" in text
+    assert f"{layout.EXTENTS_PER_DURABLE_SECTOR} extents each" in section(
+        page("data-format.md"), "## Durable maps"
+    )
 
 
 def test_the_fields_of_the_record_are_documented() -> None:
@@ -237,15 +253,19 @@ def test_the_fields_of_the_record_are_documented() -> None:
 
 @pytest.mark.parametrize(
     ("heading", "number", "form"),
-    [("## Superblock", 0, "<8sI16sQQI"), ("## Record slots", 0, "<8sQII")],
+    [
+        ("## Superblock", 0, "<8sI16sQQI"),
+        ("## Record slots", 0, "<8sQII"),
+        ("## Durable maps", 0, "<IBBHQII8s"),
+    ],
 )
 def test_the_fields_of_the_headers_are_documented(heading: str, number: int, form: str) -> None:
     table = cells(tables(section(page("data-format.md"), heading))[number])
     fields = [(int(row[0]), int(row[1])) for row in table[1:] if row[1]]
     sizes = [struct.calcsize(f"<{each}") for each in re.findall(r"[0-9]*[a-zA-Z]", form.strip("<"))]
     assert fields == [(sum(sizes[:n]), size) for n, size in enumerate(sizes)]
-    assert struct.calcsize(form) in (layout._SUPERBLOCK.size, layout._RECORD_HEADER.size)
-    assert form in (layout._SUPERBLOCK.format, layout._RECORD_HEADER.format)
+    headers = (layout._SUPERBLOCK, layout._RECORD_HEADER, durable._HEADER)
+    assert form in [header.format for header in headers]
 
 
 def pages_of(extents: int, clones: int) -> int:

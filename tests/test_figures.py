@@ -13,6 +13,7 @@ import trio
 from bitarray import bitarray
 
 from clonefs.engines import Recorder, StorageSystem
+from clonefs.engines.recorder import Change
 from clonefs.extents import ExtentMap, extent_list
 from clonefs.group import CloneGroup
 from clonefs.testing.world import SimulatedMedium, SimulatedUnit, World
@@ -195,7 +196,7 @@ async def test_figures_7_to_9_a_restore_that_a_power_cut_broke_off() -> None:
     sets them again in clone 22's, and the Protected Restore Map keeps both engines off them."""
     async with rig("clone22", "clone60") as r:
         server = r.system.servers["group"]
-        await server.durability.checkpoint(server.flush_all)
+        await server.checkpoint()
         await r.system.fracture([("group", "clone22")])
         await r.write(7, extent_of("x"))
         await r.write(1, extent_of("y"))
@@ -234,14 +235,44 @@ async def test_a_checkpoint_trims_what_is_equal_again() -> None:
     async with rig("clone") as r:
         server = r.system.servers["group"]
         assert r.durable() == ("0-7", "")
-        await server.durability.checkpoint(server.flush_all)
+        await server.checkpoint()
         assert r.durable() == ("", "")
         await r.write(3, b"m" * 512)  # mirrored: different for an instant
         assert r.durable() == ("3", "")
         await r.system.fracture([("group", "clone")])
         await r.write(5, b"s" * 512)
-        await server.durability.checkpoint(server.flush_all)
+        await server.checkpoint()
         assert (r.delta("clone"), r.durable()) == ("5", ("5", ""))
+
+
+async def test_a_clone_that_is_added_during_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its map is full; a checkpoint that does not know it must not clear what it has."""
+    async with rig("clone") as r, trio.open_nursery() as nursery:
+        SimulatedUnit(r.world, "late", bytearray(SIZE))
+        server = r.system.servers["group"]
+        flush, change = server.source.flush, server.change
+        checkpointed = trio.Event()
+
+        async def flush_and_let_it_come() -> None:
+            nursery.start_soon(add)
+            await trio.testing.wait_all_tasks_blocked()
+            await flush()
+
+        async def add() -> None:
+            monkeypatch.setattr(server.source, "flush", flush)
+            await r.system.add_clone("group", "late", Path("/late"), sync=False)
+
+        async def change_late(change_record: Change) -> None:
+            await checkpointed.wait()
+            await change(change_record)
+
+        monkeypatch.setattr(server.source, "flush", flush_and_let_it_come)
+        monkeypatch.setattr(server, "change", change_late)
+        await server.checkpoint()
+        checkpointed.set()
+        while "late" not in r.group.clones:
+            await server.progress()
+        assert (r.delta("late"), r.durable()) == ("0-7", ("0-7", ""))
 
 
 async def test_a_write_of_whole_extents_needs_no_copy() -> None:

@@ -155,9 +155,7 @@ def test_two_damaged_records_are_refused(meta: Path) -> None:
         for generation in (0, 1):
             file.seek(plan(1 << 20, bytes(16)).record_slot(generation) + 30)
             file.write(b"garbage")
-    with pytest.raises(
-        ClonefsError, match=r"damaged.*record slot A.*record slot B"
-    ):
+    with pytest.raises(ClonefsError, match=r"damaged.*record slot A.*record slot B"):
         open_volume(meta)
 
 

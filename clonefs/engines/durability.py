@@ -64,8 +64,7 @@ class Durability:
         await self.settle(self.delta)
 
     async def include_live_maps(self) -> None:
-        """After a death of the daemon in the same boot, or before a record that names new maps: what
-        the live maps have, the PDM must have."""
+        """After a death of the daemon in the same boot: what the live maps have, the PDM must have."""
         union = self._group.live_union(0, self.delta.extents)
         for first, stop in runs(union):
             self.delta.mark(first, stop)

@@ -52,7 +52,8 @@ class GroupServer:
         self.recorder = recorder
         self.gate = Gate()
         self.commands = trio.Lock()
-        self.flushing = trio.Lock()  # a checkpoint; nothing is closed under it
+        # Held by a checkpoint: no unit is closed and no map is added under it.
+        self.flushing = trio.Lock()
         self.counts = CopyCounts()
         self.faults: dict[str, str] = {}
         self._wall_clock = wall_clock
@@ -166,6 +167,11 @@ class GroupServer:
     async def _distrust_durably(self) -> None:
         with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
             await self.durability.mark_all()
+
+    async def checkpoint(self) -> None:
+        """Trim the durable maps (D2). Raises ClonefsError."""
+        async with self.flushing:
+            await self.durability.checkpoint(self.flush_all)
 
     async def flush_all(self) -> None:
         """Flush every unit. Raises ClonefsError."""

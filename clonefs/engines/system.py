@@ -163,8 +163,7 @@ class StorageSystem:
                 if any(isinstance(unit, MissingUnit) for unit in units):
                     continue  # what cannot be flushed stays marked
                 try:
-                    async with server.flushing:
-                        await server.durability.checkpoint(server.flush_all)
+                    await server.checkpoint()
                 except ClonefsError as error:
                     log.error("%s: no checkpoint: %s", server.name, error.reason)
 
@@ -319,7 +318,8 @@ class StorageSystem:
             size = server.group.geometry.size
             unit = await self._open_unit(backing, create_size=size, size=size)
             try:
-                async with server.held(), self._allocation:
+                # A checkpoint does not know of the new map, so none may run until the record has it.
+                async with server.flushing, server.held(), self._allocation:
                     record = self._new_clone(server.group, name, unit, sync=sync)
                     await server.durability.mark_all()  # D9 would take it for equal
                     server.units[name] = unit

@@ -8,13 +8,14 @@
                             durable maps   of a group: the PDM and two copies of the PPRM,
                                            sectors of 512 bytes with 3840 extents each
 
-    superblock            record slot                     durable sector
+    superblock            record slot                     durable sector (durable.py)
      0  8  magic           0   8  magic                    0   4  CRC-32 of the rest
-     8  4  format version  8   8  generation               4   4  what it is, which copy
+     8  4  format version  8   8  generation               4   1  kind of map   5  1  which copy
     12 16  uuid           16   4  length of the payload    8   8  generation
-    28  8  size           20   4  CRC-32 of header         16   8  number of the sector
-    36  8  record_size           (this field zero),        24   8  first bytes of the uuid
-    44  4  CRC-32                uuid and payload          32 480  bits
+    28  8  size           20   4  CRC-32 of header        16   4  number of the sector
+    36  8  record_size           (this field zero),       20   4  number of the restore (epoch)
+    44  4  CRC-32                uuid and payload         24   8  first bytes of the uuid
+                                                          32 480  bits
                           24      payload (JSON)
 
 Everything is little endian. This module packs and unpacks; it does no I/O.

@@ -217,6 +217,17 @@ def test_a_file_that_was_truncated_by_another_is_as_long_as_ever(either: Mount) 
         reader.close()
 
 
+def test_a_group_that_comes_again_by_the_same_name_is_another_file(either: Mount) -> None:
+    """What the kernel has cached of the first must not show in the second."""
+    group = either.add_group(data=GOOD)
+    assert_same(group.source.read_bytes(), GOOD, "the first")
+    either.control("remove_group").write(group.name)
+    other = either.work / f"{group.name}-other.img"
+    other.write_bytes(RUIN)
+    either.control("add_group").write(f"{group.name} {other}")
+    assert_same(group.source.read_bytes(), RUIN, "the second")
+
+
 # Mappings ----------------------------------------------------------------------------------------
 
 

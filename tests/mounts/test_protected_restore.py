@@ -129,7 +129,7 @@ WRITES = {
     "a part, whole ones, a part": (25 * EXTENT - 10, 3 * EXTENT + 20),
     "the first byte": (0, 1),
     "the last byte": (SIZE - 1, 1),
-    "all of it": (0, SIZE),
+    "all but the end": (0, SIZE - 2 * EXTENT),
 }
 
 
@@ -158,6 +158,17 @@ def test_a_write_stays_and_makes_the_delta_map(shared: Mount, kind: str, read_be
     clone.wait("fractured")
     assert clone.delta() == set()
     assert_same(group.backing.read_bytes(), GOOD, "at the end of the second")
+
+
+def test_a_host_that_overwrites_everything_ends_the_restore(shared: Mount) -> None:
+    """Nothing is left to copy, so it is done, and every extent differs."""
+    group, clone = ruined(shared)
+    slowly(clone)
+    write(group.source, 0, RUIN)
+    clone.wait("fractured")
+    assert clone.delta() == set(range(64))
+    assert_same(group.source.read_bytes(), RUIN, "the Source")
+    assert_same(clone.path.read_bytes(), GOOD, "the clone")
 
 
 def test_writes_into_a_short_last_extent(shared: Mount) -> None:
