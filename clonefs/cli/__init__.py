@@ -23,6 +23,7 @@ from clonefs import __version__
 from clonefs.cli.copies import fracture, restore, sync, wait
 from clonefs.cli.groups import add_clone, add_group, remove_clone, remove_group
 from clonefs.cli.mount import mount, umount
+from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
 from clonefs.cli.volume import format_
 from clonefs.errors import ClonefsError
@@ -90,5 +91,7 @@ for _command in (
     restore,
     status,
     wait,
+    dump,
+    check,
 ):
     main.add_command(_command)

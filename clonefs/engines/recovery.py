@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from clonefs.engines.durability import runs
 from clonefs.group import CloneGroup, transitions
-from clonefs.volume import DurableMap, GroupRecord, MetadataVolume
+from clonefs.volume import CloneRecord, CloneState, DurableMap, GroupRecord, MetadataVolume
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +40,34 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
         unknown = group.protected.bits[: group.geometry.extents] & ~protected.bits
         group.newly_protected = dict.fromkeys(runs(unknown))
     return Loaded(group, delta, protected)
+
+
+def foretell(volume: MetadataVolume) -> list[str]:
+    """What the next mount in this boot will do, in words. It is the recovery itself that says so, so
+    `volume` must be on a medium that keeps stores to itself."""
+    told = [_whence(volume)]
+    for record in volume.record.groups:
+        group = load(volume, record).group
+        for clone in record.clones:
+            told += _fate(group, clone)
+    return told
+
+
+def _whence(volume: MetadataVolume) -> str:
+    if volume.record.clean:
+        return "the volume was closed cleanly: the live maps are taken as they stand"
+    if volume.trusted:
+        return "only the daemon has died: the live maps are taken as they stand"
+    return "the machine went down: the live maps are filled from the durable ones"
+
+
+def _fate(group: CloneGroup, before: CloneRecord) -> list[str]:
+    after = group.clones[before.name]
+    name = f"{group.record.name}/{before.name}"
+    changed = "" if before.state is after.state else f"{before.state} -> "
+    if after.state is CloneState.SYNCHRONIZING:
+        return [f"{name}: {changed}synchronizing, {after.delta.count} extents to copy"]
+    if after.state is CloneState.RESTORING:
+        pending, protected = group.pending_count(), group.protected.count
+        return [f"{name}: the restore goes on, {pending} extents pending, {protected} protected"]
+    return [f"{name}: {changed}{after.state}: {after.record.reason}"] if changed else []
