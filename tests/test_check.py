@@ -744,7 +744,7 @@ def test_check_of_a_record_that_contradicts_itself(path: Path) -> None:
     meta = committed(path, lambda group: replace(group, size=1 << 40))
     result = run("check", meta.path)
     assert result.exit_code == 1
-    assert "next mount: do not mount it" in result.stdout
+    assert "next mount: it is refused: the metadata volume is damaged" in result.stdout
     assert run("dump", meta.path).exit_code == 0
 
 

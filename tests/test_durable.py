@@ -145,6 +145,34 @@ def test_sectors_of_another_restore_volume_place_or_map_do_not_count() -> None:
     assert delta.bits[:BITS].all()
 
 
+def test_a_copy_that_is_bad_or_old_is_written_again() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(7, 8)
+    disk.write_out(durable)
+    disk.content[COPIES[0] + 100] ^= 1
+    again = disk.load()
+    assert again.unwritten == {0}
+    disk.write_out(again)
+    disk.content[COPIES[1] + 100] ^= 1  # now the other one
+    assert disk.load().bits[7]
+
+
+def test_a_new_restore_makes_damaged_sectors_good() -> None:
+    disk = Disk()
+    durable = disk.load()
+    durable.mark(BITS, BITS + 1)
+    disk.write_out(durable)
+    for copy in COPIES:
+        disk.content[copy + DURABLE_SECTOR + 200] ^= 1
+    loaded = disk.load()
+    assert loaded.damaged == [1]
+    assert not loaded.unwritten  # zeros there would say that hosts have written nothing
+    loaded.begin_epoch(2)
+    disk.write_out(loaded)
+    assert not disk.load(epoch=2).damaged
+
+
 def test_a_new_restore_begins_with_nothing() -> None:
     disk = Disk()
     durable = disk.load()

@@ -69,6 +69,7 @@ class Durability:
         for first, stop in runs(union):
             self.delta.mark(first, stop)
         await self.settle(self.delta)
+        await self.settle(self.protected)
 
     async def settle(self, durable: DurableMap) -> None:
         """All that is marked in `durable` is on stable storage. Raises ClonefsError."""
@@ -107,6 +108,7 @@ class Durability:
             return  # another restore has begun meanwhile, and nothing of this one counts any more
         for first, stop in extents:
             self.protected.mark(first, stop)
+        self.protected.mend()  # it has all of P now, so that a damaged sector can be made good
         await self.settle(self.protected)
         if epoch == self.protected.epoch:
             # Not before: who flushes at the same time must wait for the same extents.

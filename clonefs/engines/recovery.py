@@ -36,6 +36,8 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     else:
         lost = bool(protected.damaged)
         group.adopt(transitions.without_trust(record, counts, lost=lost))
+        if group.restoring is None:
+            group.protected.clear_all()  # D has it all, and only a restore has a P
     if group.restoring is not None:
         unknown = group.protected.bits[: group.geometry.extents] & ~protected.bits
         group.newly_protected = dict.fromkeys(runs(unknown))

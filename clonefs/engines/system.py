@@ -532,6 +532,10 @@ class StorageSystem:
             )
         )
         server.counts.sync = server.counts.cod = 0
+        with contextlib.suppress(
+            ClonefsError
+        ):  # only sectors that were damaged; a flush tries again
+            await server.durability.settle(server.durability.protected)
 
     # What comes at the end of a copy
 

@@ -156,6 +156,8 @@ class DurableMap:
                     self.unwritten.add(sector)
                 continue
             newest = max(sound, key=lambda each: each.generation)
+            if any(each != newest for each in found):
+                self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
             self._generations[sector] = newest.generation
             if newest.epoch == self.epoch:
                 bits = bitarray(endian="little")
@@ -213,6 +215,11 @@ class DurableMap:
         self.epoch = epoch
         self.bits.setall(0)
         self.unwritten.clear()
+        self.mend()
+
+    def mend(self) -> None:
+        """What is in memory is right for the sectors that are damaged too: let them be written."""
+        self.unwritten.update(self.damaged)
         self.damaged.clear()
 
     def begin_write(self) -> Batch:

@@ -18,7 +18,7 @@ import msgspec
 from bitarray import bitarray
 
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing, taken
-from clonefs.extents import ExtentMap, format_size
+from clonefs.extents import ExtentMap, Geometry, format_size
 from clonefs.volume import layout
 from clonefs.volume.durable import DurableMap, load_durable_maps
 from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, PAGE, DamagedError, Superblock
@@ -46,6 +46,8 @@ class MetadataVolume:
         self.superblock = _read_superblock(medium)
         self.generation, self.record = _newest_record(medium, self.superblock)
         layout.check_slots(self.superblock, list(self.record.slots()))
+        for group in self.record.groups:
+            _check_lengths(group)
         self.boot_id = boot_id
         self.trusted = self.record.trusts_live_maps(boot_id)
 
@@ -186,6 +188,19 @@ def _read_superblock(medium: Medium) -> Superblock:
             f"{superblock.size}"
         )
     return superblock
+
+
+def _check_lengths(group: GroupRecord) -> None:
+    """Raises ClonefsError (EIO) if a map of the group does not fit into its slot."""
+    extents = Geometry(group.size, group.extent_size).extents
+    live = [group.protected, *(clone.delta for clone in group.clones)]
+    if min(slot.length for slot in live) < layout.live_map_length(
+        extents
+    ) or group.durable.length < layout.durable_maps_length(extents):
+        raise failed(
+            f"the metadata volume is damaged: its record has a map of group {group.name!r} that is "
+            f"too short for {extents} extents"
+        )
 
 
 def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]:
