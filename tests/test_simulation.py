@@ -5,7 +5,7 @@ A run that fails names its seed: `run_simulation(Plan(seed=...))` replays it.
 
 import pytest
 
-from clonefs.testing import Plan, run_simulation
+from clonefs.testing import Plan, run_simulation, sweep
 
 
 def seeds(config: pytest.Config) -> int:
@@ -28,6 +28,21 @@ def test_random_hosts_commands_and_deaths(fault_rate: float, pytestconfig: pytes
     assert restores > seeds(pytestconfig)
     assert deaths > seeds(pytestconfig)
     assert 0.3 * deaths < power_cuts < 0.7 * deaths
+
+
+@pytest.mark.parametrize("power_cuts", [0.0, 1.0], ids=["kills", "power cuts"])
+def test_a_death_at_every_point(power_cuts: float, pytestconfig: pytest.Config) -> None:
+    """One small run, broken off at each I/O and each change of a map; the step is longer in the
+    short mode."""
+    long = pytestconfig.getoption("--long")
+    for seed in range(4 if long else 1):
+        plan = Plan(seed, clones=2, power_cuts=power_cuts, hosts=3, requests=12, commands=10)
+        try:
+            deaths = sum(report.deaths for report in sweep(plan, 1 if long else 17))
+        except BaseException as error:
+            error.add_note(f"of a sweep of {plan}")
+            raise
+        assert deaths > (500 if long else 20)
 
 
 def test_a_seed_replays_its_run() -> None:

@@ -6,6 +6,6 @@ finds something raises `Violation`, and its seed replays it.
 """
 
 from clonefs.testing.oracle import Violation
-from clonefs.testing.simulation import Plan, Report, run_simulation
+from clonefs.testing.simulation import Plan, Report, run_simulation, sweep
 
-__all__ = ["Plan", "Report", "Violation", "run_simulation"]
+__all__ = ["Plan", "Report", "Violation", "run_simulation", "sweep"]

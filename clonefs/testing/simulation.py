@@ -12,7 +12,7 @@ import importlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Plan:
     clones: int = 3
     fault_rate: float = 0.0
     power_cuts: float = 0.5  # of the deaths
+    first_death: int | None = None  # the point at which the first daemon dies, if not at random
 
 
 @dataclass(slots=True)
@@ -140,6 +141,23 @@ class Simulation:
         return self.now
 
 
+def _point_of_death(plan: Plan, life: int, rng: random.Random) -> int:
+    drawn = rng.randrange(1, plan.points_a_life)  # drawn in any case, so that the rest is the same
+    return drawn if life or plan.first_death is None else plan.first_death
+
+
+def sweep(plan: Plan, step: int = 1) -> Iterator[Report]:
+    """Run `plan` once for every `step`th point of its first life: the daemon dies there. Ends when a
+    death comes after all that the first life does. Raises Violation like `run_simulation`."""
+    point = 1
+    while True:
+        report = run_simulation(replace(plan, first_death=point, lives=2))
+        if not report.deaths:
+            return
+        yield report
+        point += step
+
+
 @contextmanager
 def _must_end(seconds: float) -> Iterator[None]:
     """Whatever happens comes to an end: nobody waits for ever."""
@@ -174,7 +192,7 @@ def run_simulation(plan: Plan) -> Report:
         last = life == plan.lives - 1
         world = World(
             rng,
-            die_at=None if last else rng.randrange(1, plan.points_a_life),
+            die_at=None if last else _point_of_death(plan, life, rng),
             fault_rate=plan.fault_rate,
             volume=volume,
             volume_on_disk=bytearray(volume),
