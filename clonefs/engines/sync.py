@@ -63,12 +63,19 @@ class SyncEngine:
                 await self._server.progress()
             elif self._server.gate.held:
                 await self._server.progress()
-            elif (delay := self._rate_delay(clone)) > A_MOMENT:
+            elif (delay := self._rate_delay(clone)) > A_MOMENT and self._is_left(clone):
                 # What changes meanwhile may be the rate, so look again.
                 with trio.move_on_after(delay):
                     await self._server.progress()
             else:
                 await self._step(clone)
+
+    def _is_left(self, clone: Clone) -> bool:
+        """Whether there is anything to copy that the rate could hold up: hosts may have done it
+        all."""
+        if clone.state is CloneState.RESTORING:
+            return self._group.next_pending(0, self._group.geometry.extents) >= 0
+        return clone.delta.count > 0
 
     def _rate_delay(self, clone: Clone) -> float:
         """Seconds until the rate allows to copy again."""

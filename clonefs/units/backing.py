@@ -229,11 +229,11 @@ class InlineWrites:
     """Whether a write may be done in the event loop.
 
     A write into the page cache costs a tenth of handing it to a thread, but the kernel may make the
-    writer wait when too much is dirty. So small writes are done at once until one of them was slow;
-    then all go to threads for a while.
+    writer wait when too much is dirty. So writes are done at once until one of them was slow; then
+    all go to threads for a while.
     """
 
-    LARGEST = 256 << 10
+    LARGEST = 1 << 20
     SLOW = 0.005
     PENALTY = 1.0
 

@@ -208,7 +208,7 @@ def first_read(work: Path, options: Options) -> str:
             fill(mount.lu("reads"), size)
             mount.command("reads/clone/protected_restore")
             add_round(time_reads(mount, size // EXTENT), medians, all_times)
-    return of_requests("4 KiB read", medians, all_times, "of the clone")
+    return of_requests("4 KiB read", medians, all_times, "the clone")
 
 
 def time_reads(mount: Mount, extents: int) -> Samples:
@@ -219,9 +219,9 @@ def time_reads(mount: Mount, extents: int) -> Samples:
     with opened(mount.lu("reads", "clone")) as clone, opened(mount.lu("reads")) as source:
         for other, extent in zip(chosen[::2], chosen[1::2], strict=True):
             for name, fd, at in (
-                ("of the clone", clone, other),
-                ("of a pending extent, the first", source, extent),
-                ("of the same extent again", source, extent),
+                ("the clone", clone, other),
+                ("a pending extent, first", source, extent),
+                ("the same extent again", source, extent),
             ):
                 started = time.perf_counter()
                 data = os.pread(fd, 4096, at * EXTENT + 8192)
@@ -239,7 +239,7 @@ def first_write(work: Path, options: Options) -> str:
     mount = Mount(work)
     per_round = 64
     size = options.rounds * per_round * AHEAD
-    names = ("the first in 32 MiB", "the first in its extent", "to the same extent again")
+    names = ("first in 32 MiB", "first in its extent", "same extent again")
     medians, all_times = Samples(), Samples()
     with mount.served():
         mount.add_group("writes", size)
@@ -270,7 +270,7 @@ def add_round(times: Samples, medians: Samples, all_times: Samples) -> None:
 def of_requests(title: str, medians: Samples, all_times: Samples, to: str) -> str:
     """A table of single requests."""
     return table(
-        (title, "requests", "median, µs", "99 of 100 within, µs", f"ratio to: {to}"),
+        (title, "requests", "median, µs", "99 of 100 within, µs", f"ratio to *{to}*"),
         *(
             (
                 name,

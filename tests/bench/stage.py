@@ -27,7 +27,7 @@ DEADLINE = 120.0  # seconds
 @contextlib.contextmanager
 def stage() -> Iterator[Path]:
     """A directory on a real file system, under which the benchmark mounts and writes."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     work = Path(tempfile.mkdtemp(prefix="clonefs-bench.", dir=os.environ.get("TMPDIR", "/var/tmp")))
     try:
@@ -55,7 +55,10 @@ def wait_for(look: Callable[[], bool], what: str, pause: float = 0.01) -> None:
 def running(work: Path, *command: str | Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A program that works until SIGTERM, for the time of the body."""
     with (work / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        # In a session of its own: Ctrl-C is for us, who then end it.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         yield process
     finally:

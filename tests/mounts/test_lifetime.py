@@ -132,7 +132,9 @@ def test_a_signal_while_files_are_open_and_hosts_write(
         writer.failed()
     assert was_closed_cleanly(mount.meta)
     mount.start()
-    assert (clone.state, late.state) == ("restoring", "synchronizing")
+    # Writers that overwrite all that was to be copied end a restore.
+    assert clone.state in ("restoring", "fractured")
+    assert late.state == "synchronizing"
     for writer, path in zip(writers, (group.source, other.source), strict=True):
         writer.check(path.read_bytes(), str(path))
     assert_same(clone.path.read_bytes(), data, "the clone")
