@@ -5,7 +5,7 @@ a map means: that is the Clone Group's.
 """
 
 from clonefs.extents.geometry import MAX_EXTENT_SIZE, MAX_SIZE, MIN_EXTENT_SIZE, SECTOR, Geometry
-from clonefs.extents.maps import ExtentMap, Run, extent_list
+from clonefs.extents.maps import ExtentMap, Run, extent_list, run_text
 from clonefs.extents.sizes import format_size, parse_size
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "extent_list",
     "format_size",
     "parse_size",
+    "run_text",
 ]

@@ -118,8 +118,11 @@ class ExtentMap:
         self.extents = self.count = 0
 
 
+def run_text(first: int, stop: int) -> str:
+    """The extents [first, stop) as an extent list has them: `4-7`, or `9`."""
+    return str(first) if stop - first == 1 else f"{first}-{stop - 1}"
+
+
 def extent_list(extents: ExtentMap) -> str:
     """The map in the kernel's cpulist form, `0,4-7,9`; empty for an empty map."""
-    return ",".join(
-        str(first) if stop - first == 1 else f"{first}-{stop - 1}" for first, stop in extents.runs()
-    )
+    return ",".join(run_text(*run) for run in extents.runs())

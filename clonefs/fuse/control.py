@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from clonefs.engines import CloneStatistics, GroupStatistics, StorageSystem, statistics
 from clonefs.errors import invalid
-from clonefs.extents import ExtentMap, extent_list
+from clonefs.extents import ExtentMap, extent_list, run_text
 from clonefs.fuse import commands, render
 
 # What an open file shows: its text, or what gives the text in a thread (a large map).
@@ -92,20 +92,17 @@ def _delta_map(control: Control, where: Where) -> Content:
 
 
 def _cod_scoreboard(control: Control, where: Where) -> Content:
-    lines = []
-    for claim in control.system.server(where[0]).group.scoreboard:
-        last = claim.stop - 1
-        extents = f"{claim.first}" if last == claim.first else f"{claim.first}-{last}"
-        lines.append(f"{extents} {claim.engine} {claim.clone}\n")
+    claims = control.system.server(where[0]).group.scoreboard
+    lines = [f"{run_text(each.first, each.stop)} {each.engine} {each.clone}\n" for each in claims]
     return "".join(lines) or "\n"
 
 
 def _cod_queue(control: Control, where: Where) -> Content:
-    lines = []
-    for request in control.system.server(where[0]).group.cod_queue:
-        last = request.stop - 1
-        extents = f"{request.first}" if last == request.first else f"{request.first}-{last}"
-        lines.append(f"{request.verb} {request.offset}+{request.length} {extents}\n")
+    requests = control.system.server(where[0]).group.cod_queue
+    lines = [
+        f"{each.verb} {each.offset}+{each.length} {run_text(each.first, each.stop)}\n"
+        for each in requests
+    ]
     return "".join(lines) or "\n"
 
 
