@@ -163,6 +163,7 @@ def _out_of_sync(clone: Clone) -> None:
 def _restoring(clone: Clone) -> None:
     clone.rate(1)
     clone.restore()
+    clone.wait_for_the_one_extent()
 
 
 def _reverse_out_of_sync(clone: Clone) -> None:

@@ -378,11 +378,13 @@ def test_a_second_restore_waits_until_the_first_is_done(shared: Mount) -> None:
     group, clone = ruined(shared)
     other = group.add_fractured("weekly")
     slowly(clone)
+    clone.wait_for_the_one_extent()
     with shared.refuses(errno.EBUSY, f"{group.name}/weekly", f"{group.name}/nightly"):
         other.restore()
     to_the_end(clone)
     assert_same(group.source.read_bytes(), GOOD, "the Source")
     slowly(other)
+    other.wait_for_the_one_extent()
     with shared.refuses(errno.EBUSY, f"{group.name}/nightly", f"{group.name}/weekly"):
         clone.restore()
     assert_same(group.source.read_bytes(), RUIN, "restored from the other")
