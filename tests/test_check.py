@@ -648,7 +648,7 @@ def test_the_next_mount_after_a_stop(meta: Meta) -> None:
 
 def test_the_next_mount_after_a_death_of_the_daemon(path: Path) -> None:
     assert foretold(a_volume(path, in_a_restore, clean=False), THEN) == [
-        "only the daemon has died: the live maps are taken as they stand",
+        "only the daemon has ended: the live maps are taken as they stand",
         "payroll/nightly: the restore goes on, 3 extents pending, 2 protected",
     ]
 
@@ -662,7 +662,8 @@ def test_the_next_mount_after_a_power_cut(path: Path) -> None:
 
 def test_the_next_mount_with_a_protected_sector_lost(path: Path) -> None:
     told = foretold(damage_both(a_volume(path, in_a_restore, clean=False)), NOW)
-    assert told[1].startswith("payroll/nightly: restoring -> reverse-out-of-sync: ")
+    assert told[1].endswith("damaged in both copies, 1 in all")
+    assert told[2].startswith("payroll/nightly: restoring -> reverse-out-of-sync: ")
 
 
 # The commands

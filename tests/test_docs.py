@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
+from clonefs.engines.recovery import Recovery
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, RestoreStatistics
 from clonefs.fuse import options, render
 from clonefs.fuse.control import CLONE, GROUP, TABLES, TOP, ControlFile
@@ -155,7 +156,8 @@ def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
         ),
         **{k: v for k, v in group.items() if k not in ("restore", "clones")},
     )
-    shown = json.loads(render.status_json(example_volume, [statistics]))
+    recovery = Recovery(at=0.0, found="", done=())
+    shown = json.loads(render.status_json(example_volume, [statistics], recovery))
     assert shape(shown) == shape(example)
 
     explained = tables(section(text, "## status.json"))[0]

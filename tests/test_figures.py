@@ -16,7 +16,7 @@ from clonefs.engines import Recorder, StorageSystem
 from clonefs.engines.recorder import Change
 from clonefs.extents import ExtentMap, extent_list
 from clonefs.group import CloneGroup
-from clonefs.testing.world import SimulatedMedium, SimulatedUnit, World
+from clonefs.testing.world import Disk, SimulatedMedium, SimulatedUnit, World
 from clonefs.units import LogicalUnit
 from clonefs.volume import CloneState, MetadataVolume, format_medium
 
@@ -55,11 +55,11 @@ class Rig:
 
     def cut_the_power(self) -> World:
         """The machine as it is found again: only what was flushed is left."""
-        disks = {name: bytearray(disk._on_disk) for name, disk in self.world.disks.items()}
+        disks = {name: unit.disk.on_disk for name, unit in self.world.disks.items()}
         volume = bytearray(self.world.volume_on_disk)
         world = World(random.Random(0), volume=volume, volume_on_disk=bytearray(volume))
         for name, content in disks.items():
-            SimulatedUnit(world, name, content)
+            SimulatedUnit(world, name, Disk.of(content))
         return world
 
     @property
@@ -97,7 +97,8 @@ async def rig(*clones: str, after: World | None = None) -> AsyncIterator[Rig]:
         format_medium(SimulatedMedium(world), bytes(16))
     for name in () if after else ("source", *clones):
         content = b"".join(extent_of(letter) for letter in "abcdefgh")
-        SimulatedUnit(world, name, bytearray(content if name == "source" else bytes(SIZE)))
+        first = bytearray(content if name == "source" else bytes(SIZE))
+        SimulatedUnit(world, name, Disk.of(first))
 
     async def open_unit(
         path: Path, *, create_size: int | None = None, size: int | None = None
@@ -248,7 +249,7 @@ async def test_a_checkpoint_trims_what_is_equal_again() -> None:
 async def test_a_clone_that_is_added_during_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its map is full; a checkpoint that does not know it must not clear what it has."""
     async with rig("clone") as r, trio.open_nursery() as nursery:
-        SimulatedUnit(r.world, "late", bytearray(SIZE))
+        SimulatedUnit(r.world, "late", Disk.of(bytearray(SIZE)))
         server = r.system.servers["group"]
         flush, change = server.source.flush, server.change
         checkpointed = trio.Event()

@@ -1,50 +1,64 @@
 """Seeded runs of the real group, engines and volume over simulated units (clonefs.testing).
 
-A run that fails names its seed: `run_simulation(Plan(seed=...))` replays it.
+A run that fails names its plan; docs/testing.md says how to replay it.
 """
+
+from collections import Counter
 
 import pytest
 
-from clonefs.testing import Plan, run_simulation, sweep
+from clonefs.testing import SCENARIOS, Blow, Simulation, plan_of, random_plan, run_simulation
 
 
-def seeds(config: pytest.Config) -> int:
-    return 3000 if config.getoption("--long") else 60
+def run_it(simulation: Simulation) -> Counter[str]:
+    """Run it; what it has done."""
+    try:
+        report = simulation.run()
+    except BaseException as error:
+        error.add_note(f"of {simulation.plan}")
+        raise
+    counts = report.counts
+    return Counter(
+        deaths=report.deaths,
+        power_cuts=report.power_cuts,
+        unmounts=report.unmounts,
+        faults=report.faults,
+        rotten=report.rotten,
+        restores=counts.restores,
+        fractures=counts.fractures,
+        acknowledged=counts.writes,
+        hit=report.hit,
+    )
 
 
-@pytest.mark.parametrize("fault_rate", [0.0, 0.02], ids=["no faults", "faults"])
-def test_random_hosts_commands_and_deaths(fault_rate: float, pytestconfig: pytest.Config) -> None:
-    restores = deaths = power_cuts = 0
-    for seed in range(seeds(pytestconfig)):
-        try:
-            report = run_simulation(Plan(seed, clones=1 + seed % 3, fault_rate=fault_rate))
-        except BaseException as error:
-            error.add_note(f"replay it: Plan({seed}, clones={1 + seed % 3}, {fault_rate=})")
-            raise
-        restores += report.restores
-        deaths += report.deaths
-        power_cuts += report.power_cuts
+def test_random_hosts_commands_faults_and_deaths(pytestconfig: pytest.Config) -> None:
+    seeds = 4000 if pytestconfig.getoption("--long") else 160
+    done: Counter[str] = Counter()
+    for seed in range(seeds):
+        done += run_it(Simulation(random_plan(seed)))
     # A simulation in which nothing happens would pass too.
-    assert restores > seeds(pytestconfig)
-    assert deaths > seeds(pytestconfig)
-    assert 0.3 * deaths < power_cuts < 0.7 * deaths
+    assert done["deaths"] > seeds
+    assert done["unmounts"] > seeds / 2
+    assert done["power_cuts"] > seeds
+    assert done["restores"] > seeds
+    assert done["faults"] > seeds
+    assert done["rotten"] > seeds / 20
 
 
-@pytest.mark.parametrize("power_cuts", [0.0, 1.0], ids=["kills", "power cuts"])
-def test_a_death_at_every_point(power_cuts: float, pytestconfig: pytest.Config) -> None:
-    """One small run, broken off at each I/O and each change of a map; the step is longer in the
-    short mode."""
-    long = pytestconfig.getoption("--long")
-    for seed in range(4 if long else 1):
-        plan = Plan(seed, clones=2, power_cuts=power_cuts, hosts=3, requests=12, commands=10)
-        try:
-            deaths = sum(report.deaths for report in sweep(plan, 1 if long else 17))
-        except BaseException as error:
-            error.add_note(f"of a sweep of {plan}")
-            raise
-        assert deaths > (500 if long else 20)
+@pytest.mark.parametrize("blow", Blow)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_blow_at_every_point(scenario: str, blow: Blow, pytestconfig: pytest.Config) -> None:
+    """A written scenario is killed, loses its power, or meets an error, at each of its points; in the
+    short mode at every 23rd."""
+    step = 1 if pytestconfig.getoption("--long") else 23
+    runs = 0
+    for number in range(1, 100_000, step):
+        if not run_it(Simulation(plan_of(scenario, blow, number)))["hit"]:
+            break
+        runs += 1
+    assert runs * step > 100
 
 
 def test_a_seed_replays_its_run() -> None:
-    plan = Plan(7, fault_rate=0.02)
+    plan = random_plan(7)
     assert run_simulation(plan) == run_simulation(plan)

@@ -13,15 +13,15 @@ import trio
 from bitarray import bitarray
 from msgspec.structs import replace
 
-from clonefs.engines import StorageSystem, recovery
+from clonefs.engines import GroupServer, Recorder, SourceLu, StorageSystem, recovery
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.extents import ExtentMap
-from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, transitions
+from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, Route, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
-from clonefs.testing import Plan, Violation, run_simulation
-from clonefs.units import Buffer
-from clonefs.volume import DurableMap, GroupRecord, MetadataVolume
+from clonefs.testing import Simulation, Violation, random_plan
+from clonefs.units import Buffer, FlushFailure
+from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
 
 SEEDS = 400
 
@@ -149,7 +149,6 @@ def partial_write_not_copied(patch: Patch) -> None:
 
 def reads_the_source(patch: Patch) -> None:
     """L5: a read that meets a pending extent gets the Source's bytes."""
-    from clonefs.engines import SourceLu
 
     def read_now(self: SourceLu, offset: int, length: int) -> Buffer | None:
         return None if self._gate.held else self._unit.read_now(offset, length)
@@ -328,6 +327,230 @@ def recovered_without_the_protected_map(patch: Patch) -> None:
     patch.setattr("clonefs.testing.simulation.load", load)
 
 
+def forgets_what_was_touched(patch: Patch) -> None:
+    """D2: a checkpoint clears extents that were written to, and are equal again, since it flushed."""
+
+    async def checkpoint(self: Durability, flush: Any) -> None:
+        chosen = [each async for each in self._clear_in_live_maps()]
+        if chosen:
+            await flush()
+        for start, clear in chosen:
+            self.delta.clear(clear & ~self._group.live_union(start, start + len(clear)), start)
+        await self.settle(self.delta)
+
+    patch.setattr(Durability, "checkpoint", checkpoint)
+
+
+def does_not_look_again(patch: Patch) -> None:
+    """D2: a checkpoint clears what was clear before its flush, whatever the maps say after it."""
+    original = CloneGroup.live_union
+    asked: dict[tuple[int, int, int], bitarray] = {}
+
+    def union(self: CloneGroup, start: int, stop: int) -> bitarray:
+        key = (id(self), start, stop)
+        if self.touched is not None and key in asked:
+            return asked.pop(key)
+        found = asked[key] = original(self, start, stop)
+        return found
+
+    patch.setattr(CloneGroup, "live_union", union)
+
+
+def new_clone_not_marked(patch: Patch) -> None:
+    """D1: a new clone is named in the record before the PDM has all of it."""
+
+    async def nothing(self: Durability) -> None:
+        pass
+
+    patch.setattr(Durability, "mark_all", nothing)
+
+
+def protected_as_it_is_after_the_flush(patch: Patch) -> None:
+    """D5: the PPRM gets what P has when the flush ends, and not what it had when the flush began."""
+
+    async def flush(self: Durability, flush: Any) -> None:
+        await flush()
+        for first, stop in list(self._group.newly_protected):
+            self.protected.mark(first, stop)
+        await self.settle(self.protected)
+        self._group.newly_protected = {}
+
+    patch.setattr(Durability, "flush", flush)
+
+
+def restored_without_a_flush_of_the_clone(patch: Patch) -> None:
+    """D4: a restore begins from a clone that is not flushed."""
+    original = StorageSystem._restore
+
+    async def restore(self: StorageSystem, group: str, name: str, command: Any) -> None:
+        server = self.server(group)
+        with pytest.MonkeyPatch.context() as inner:
+            flush = type(server).flush_clone
+
+            async def flush_others(server: Any, each: str) -> None:
+                if each != name:
+                    await flush(server, each)
+
+            inner.setattr(type(server), "flush_clone", flush_others)
+            await original(self, group, name, command)
+
+    patch.setattr(StorageSystem, "_restore", restore)
+
+
+def mirrored_is_not_flushed(patch: Patch) -> None:
+    """D8: a host's flush in a Reverse Sync does not flush the clone."""
+
+    async def flush(self: SourceLu) -> None:
+        await self._gate.enter()
+        try:
+            await self._server.flush_source()
+        finally:
+            self._gate.leave()
+
+    patch.setattr(SourceLu, "flush", flush)
+
+
+def reverse_reads_the_source(patch: Patch) -> None:
+    """D8: in a Reverse Sync, what is being written to is read from the Source."""
+    original = CloneGroup.route_read
+
+    def route(self: CloneGroup, extent: int, stop: int) -> Any:
+        found = original(self, extent, stop)
+        return (Route.SOURCE, *found[1:]) if found[0] is Route.CLONE else found
+
+    patch.setattr(CloneGroup, "route_read", route)
+
+
+def reverse_writes_to_one(patch: Patch) -> None:
+    """D8: in a Reverse Sync, hosts write to the Source alone."""
+    original = CloneGroup.adopt
+
+    def adopt(self: CloneGroup, record: GroupRecord) -> None:
+        original(self, record)
+        if self.restoring is not None:
+            restoring = self.restoring
+            self.mirrored = tuple(each for each in self.mirrored if each is not restoring)
+
+    patch.setattr(CloneGroup, "adopt", adopt)
+
+
+def copies_half_a_write(patch: Patch) -> None:
+    """D8, L2: an extent that is being written to, with its clone, is copied."""
+    patch.setattr(
+        CloneGroup, "_free_run", lambda self, first, stop: self.scoreboard.free_run(first, stop)
+    )
+
+
+def reverse_ends_without_a_flush(patch: Patch) -> None:
+    """D8: the Source is what others are copied from before it is flushed."""
+
+    async def complete(self: StorageSystem, server: Any, name: str) -> None:
+        async with server.held():
+            await self._copy_hot_extents(server, name)
+            if not server.group.clones[name].delta.count:
+                await server.change(
+                    lambda record: transitions.complete_reverse_sync(record, name, now=0.0)
+                )
+
+    patch.setattr(StorageSystem, "_complete_reverse_sync", complete)
+
+
+def takes_effect_before_the_record(patch: Patch) -> None:
+    """D3, D4, D8: a state is taken for changed before the record says so."""
+
+    async def change(self: Recorder, *changes: Any) -> None:
+        before = [group.record for group, _ in changes]
+        for group, change in changes:
+            group.adopt(change(group.record))
+
+        def apply(record: Any) -> Any:
+            for (_, change), old in zip(changes, before, strict=True):
+                record = record.with_group(change(old))
+            return record
+
+        await self.commit(apply)
+
+    patch.setattr(Recorder, "change", change)
+
+
+def one_record_for_each_group(patch: Patch) -> None:
+    """D3: clones of several groups that are fractured together are committed one after the other."""
+    original = Recorder.change
+
+    async def change(self: Recorder, *changes: Any) -> None:
+        for each in changes:
+            await original(self, each)
+
+    patch.setattr(Recorder, "change", change)
+
+
+def one_group_held_after_the_other(patch: Patch) -> None:
+    """D3: groups whose clones are fractured together are not held at the same time."""
+    original = StorageSystem._fracture
+
+    async def fracture(self: StorageSystem, servers: Any) -> None:
+        for each in servers:
+            await original(self, [each])
+
+    patch.setattr(StorageSystem, "_fracture", fracture)
+
+
+def recovery_believes_the_state(patch: Patch) -> None:
+    """D9: a mirrored clone that differs is still called synchronized."""
+    patch.setattr(transitions, "recovered", lambda group, counts: group)
+
+
+def recovered_with_the_live_maps(patch: Patch) -> None:
+    """D9: the live maps are believed after a power cut."""
+    patch.setattr(Record, "trusts_live_maps", lambda self, boot_id: True)
+
+
+def flushed_again_and_believed(patch: Patch) -> None:
+    """D10: a flush that failed is tried again, and believed."""
+    patch.setattr(FlushFailure, "check", lambda self: None)
+
+
+def failed_flush_leaves_the_maps(patch: Patch) -> None:
+    """D10: after a flush that failed the maps say what they said before."""
+
+    async def nothing(self: Durability) -> None:
+        pass
+
+    patch.setattr(CloneGroup, "distrust", lambda self, name: None)
+    patch.setattr(GroupServer, "_distrust_durably", nothing)
+
+
+def failed_reverse_sync_believed(patch: Patch) -> None:
+    """D8, D10: a Reverse Sync whose clone could not be flushed ends with a clone that is mirrored."""
+
+    async def nothing(self: GroupServer, name: str, error: Exception) -> None:
+        pass
+
+    patch.setattr(GroupServer, "_fail_reverse_sync", nothing)
+
+
+def failed_volume_goes_on(patch: Patch) -> None:
+    """D10: a write of a durable map that failed counts, and the volume goes on being written."""
+    original = DurableMap.end_write
+    patch.setattr(DurableMap, "end_write", lambda self, *, written: original(self, written=True))
+    patch.setattr(Recorder, "check", lambda self: None)
+
+
+def failed_record_stays(patch: Patch) -> None:
+    """D10: a record that could not be written is left, for the next mount to find."""
+    patch.setattr(MetadataVolume, "_spoil", lambda self, generation: None)
+
+
+def clean_though_not_flushed(patch: Patch) -> None:
+    """D10: the volume is closed as a clean one although a flush has failed."""
+    original = MetadataVolume.close
+
+    def close(self: MetadataVolume, *, clean: bool) -> None:
+        original(self, clean=True)
+
+    patch.setattr(MetadataVolume, "close", close)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -357,15 +580,44 @@ MUTANTS: list[Mutant] = [
     flushed_without_the_map,
     ended_without_a_flush,
     recovered_without_the_protected_map,
+    forgets_what_was_touched,
+    does_not_look_again,
+    new_clone_not_marked,
+    protected_as_it_is_after_the_flush,
+    restored_without_a_flush_of_the_clone,
+    mirrored_is_not_flushed,
+    reverse_reads_the_source,
+    reverse_writes_to_one,
+    copies_half_a_write,
+    reverse_ends_without_a_flush,
+    takes_effect_before_the_record,
+    one_record_for_each_group,
+    one_group_held_after_the_other,
+    recovery_believes_the_state,
+    recovered_with_the_live_maps,
+    flushed_again_and_believed,
+    failed_flush_leaves_the_maps,
+    failed_reverse_sync_believed,
+    failed_volume_goes_on,
+    failed_record_stays,
+    clean_though_not_flushed,
 ]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_the_simulator_notices(mutant: Mutant, monkeypatch: Patch) -> None:
+def test_the_simulator_notices(
+    mutant: Mutant, monkeypatch: Patch, record_property: Callable[[str, object], None]
+) -> None:
     mutant(monkeypatch)
+    operations = 0
     for seed in range(SEEDS):
+        simulation = Simulation(random_plan(seed))
         try:
-            run_simulation(Plan(seed, clones=1 + seed % 3, fault_rate=0.02 if seed % 2 else 0.0))
+            simulation.run()
         except (Violation, AssertionError):
+            operations += simulation.operations()
+            record_property("operations", operations)
+            print(f"{mutant.__name__}: noticed after {seed + 1} seeds, {operations} operations")
             return
+        operations += simulation.operations()
     pytest.fail(f"{SEEDS} seeds did not notice: {mutant.__doc__}")

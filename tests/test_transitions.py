@@ -23,10 +23,14 @@ CONTRACT = {
     (Command.FORCE_FRACTURE, S.SYNCHRONIZING): S.OUT_OF_SYNC,
     (Command.FORCE_FRACTURE, S.FRACTURED): S.FRACTURED,
     (Command.FORCE_FRACTURE, S.RESTORING): S.REVERSE_OUT_OF_SYNC,
+    (Command.FORCE_FRACTURE, S.REVERSE_SYNCHRONIZING): S.REVERSE_OUT_OF_SYNC,
     (Command.FORCE_FRACTURE, S.REVERSE_OUT_OF_SYNC): S.REVERSE_OUT_OF_SYNC,
     (Command.PROTECTED_RESTORE, S.FRACTURED): S.RESTORING,
     (Command.PROTECTED_RESTORE, S.REVERSE_OUT_OF_SYNC): S.RESTORING,
     (Command.PROTECTED_RESTORE, S.RESTORING): S.RESTORING,
+    (Command.REVERSE_SYNC, S.FRACTURED): S.REVERSE_SYNCHRONIZING,
+    (Command.REVERSE_SYNC, S.REVERSE_OUT_OF_SYNC): S.REVERSE_SYNCHRONIZING,
+    (Command.REVERSE_SYNC, S.REVERSE_SYNCHRONIZING): S.REVERSE_SYNCHRONIZING,
     (Command.REMOVE, S.SYNCHRONIZED): S.SYNCHRONIZED,
     (Command.REMOVE, S.FRACTURED): S.FRACTURED,
     (Command.REMOVE, S.OUT_OF_SYNC): S.OUT_OF_SYNC,
@@ -77,7 +81,9 @@ def test_a_restore_splits_off_what_is_mirrored() -> None:
 
 def test_a_second_restore_is_refused_while_one_runs() -> None:
     record = group(a=S.RESTORING, b=S.FRACTURED)
-    with pytest.raises(ClonefsError, match="from g/a is running"):
+    with pytest.raises(
+        ClonefsError, match="g/a is restoring, and a Source can be restored from one"
+    ):
         transitions.begin_restore(
             record, "b", to_copy=0, equal=frozenset(), protected=record.protected, now=0.0
         )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import click
 
 from clonefs import __version__
-from clonefs.cli.copies import fracture, restore, sync, wait
+from clonefs.cli.copies import fracture, restore, reverse_sync, sync, wait
 from clonefs.cli.groups import add_clone, add_group, remove_clone, remove_group
 from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
@@ -89,6 +89,7 @@ for _command in (
     sync,
     fracture,
     restore,
+    reverse_sync,
     status,
     wait,
     dump,

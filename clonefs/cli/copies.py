@@ -1,4 +1,4 @@
-"""sync, fracture, restore, wait: what is done with the clones of a group."""
+"""sync, fracture, restore, reverse-sync, wait: what is done with the clones of a group."""
 
 from pathlib import Path
 
@@ -39,7 +39,9 @@ def sync(clone: Path, then_fracture: bool, wait_too: bool) -> None:
 @click.command()
 @click.argument("clones", metavar=f"{_CLONE}...", nargs=-1, required=True, type=path_type)
 @click.option(
-    "--force", is_flag=True, help="Break off a restore from this clone: the Source stays mixed."
+    "--force",
+    is_flag=True,
+    help="Break off a restore or reverse sync from this clone: the Source stays mixed.",
 )
 def fracture(clones: tuple[Path, ...], force: bool) -> None:
     """Split clones off from their Sources.
@@ -91,6 +93,25 @@ def restore(clone: Path, wait_too: bool) -> None:
     tree.command(place, "protected_restore", "1")
     if wait_too:
         wait_for(place)
+
+
+@click.command("reverse-sync")
+@click.argument("clone", metavar=_CLONE, type=path_type)
+@_wait_option
+def reverse_sync(clone: Path, wait_too: bool) -> None:
+    """Make the Source what the clone is, and mirror the clone again.
+
+    Like restore, it takes effect at once. But whatever is written to the Source from now on goes to
+    the clone too, so that the point-in-time copy is used up; at the end the clone is synchronized.
+
+    \b
+    Example:
+      clonefs reverse-sync --wait /mnt/payroll/nightly
+    """
+    place = tree.clone_at(clone)
+    tree.command(place, "reverse_sync", "1")
+    if wait_too:
+        wait_for(place, wanted="synchronized")
 
 
 @click.command()

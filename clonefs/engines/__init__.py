@@ -2,6 +2,7 @@
 
 from clonefs.engines.host import CloneLu, HostLu, SourceLu, past_the_end
 from clonefs.engines.recorder import Recorder, in_thread
+from clonefs.engines.recovery import Recovery
 from clonefs.engines.server import GroupServer
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, statistics
 from clonefs.engines.system import StorageSystem
@@ -13,6 +14,7 @@ __all__ = [
     "GroupStatistics",
     "HostLu",
     "Recorder",
+    "Recovery",
     "SourceLu",
     "StorageSystem",
     "in_thread",

@@ -5,7 +5,6 @@ short as a bare pass-through; None or False says that nothing has happened, and 
 which may wait, has to do it.
 """
 
-import contextlib
 import errno
 from typing import Protocol
 
@@ -117,8 +116,8 @@ class SourceLu:
     async def write(self, offset: int, data: Buffer) -> None:
         await self._gate.enter()
         try:
-            if self._volume.broken is not None and self._group.changes_maps(offset, len(data)):
-                raise self._volume.broken
+            if self._volume.uncertain or self._group.changes_maps(offset, len(data)):
+                self._server.recorder.check()
             durability = self._server.durability
             while not durability.covers(offset, len(data)):
                 await durability.cover(offset, len(data))
@@ -146,7 +145,8 @@ class SourceLu:
 
     async def _carry_out(self, ticket: WriteTicket, data: Buffer) -> None:
         """Write to the Source, then to each mirrored clone. A clone that fails is split off, and
-        the host's write succeeds all the same."""
+        the host's write succeeds all the same; but one that is being reverse synchronized is where
+        hosts read from what differs, so that the write fails."""
         written = False
         unequal = [clone.name for clone in ticket.mirrors]
         failures: list[tuple[str, ClonefsError]] = []
@@ -162,18 +162,29 @@ class SourceLu:
         finally:
             self._group.end_write(ticket, written=written, unequal=unequal)
             self._server.wake()
-            if not written:
+            if not written or self._is_restoring(unequal):
                 await self._server.no_longer_equal()
         for name, failure in failures:
+            if self._is_restoring([name]):
+                self._server.fault(name, failure.reason)
+                raise failure
             await self._server.split_off(name, failure)
+
+    def _is_restoring(self, names: list[str]) -> bool:
+        """Whether the clone that the Source is being made equal to is among `names`."""
+        restoring = self._group.restoring
+        return restoring is not None and restoring.name in names
 
     async def flush(self) -> None:
         await self._gate.enter()
         try:
             await self._server.flush_source()
             for clone in self._group.mirrored:
-                with contextlib.suppress(ClonefsError):  # it is split off; the Source has it all
+                try:
                     await self._server.flush_clone(clone.name)
+                except ClonefsError:  # D8; any other one is split off, and the Source has it all
+                    if self._is_restoring([clone.name]):
+                        raise
         finally:
             self._gate.leave()
 
@@ -230,7 +241,8 @@ class CloneLu:
             if not self.writable():
                 raise self.refuse_write()
             clone = self._group.clones[self._name]
-            if self._group.clone_write_changes_maps(clone, offset, len(data)):
+            changes_maps = self._group.clone_write_changes_maps(clone, offset, len(data))
+            if self._server.recorder.volume.uncertain or changes_maps:
                 self._server.recorder.check()
             if not clone.record.written:
                 await self._server.change(lambda group: transitions.written(group, self._name))
@@ -244,7 +256,8 @@ class CloneLu:
     async def flush(self) -> None:
         await self._gate.enter()
         try:
-            await self._server.flush_clone(self._name)
+            if self._name in self._server.units:  # it was flushed when it was removed
+                await self._server.flush_clone(self._name)
         finally:
             self._gate.leave()
 

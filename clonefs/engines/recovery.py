@@ -4,7 +4,10 @@ Same boot, or closed cleanly: the live maps as they stand. Otherwise they are lo
 the durable maps. Nothing is written here but live maps, so recovery that is cut off starts again.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from clonefs.engines.durability import runs
 from clonefs.group import CloneGroup, transitions
@@ -13,54 +16,94 @@ from clonefs.volume import CloneRecord, CloneState, DurableMap, GroupRecord, Met
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A group with its durable maps: `delta` is the PDM, `protected` the PPRM."""
+    """A group with its durable maps: `delta` is the PDM, `protected` the PPRM. `told`: what was
+    found and what is done, one sentence each."""
 
     group: CloneGroup
     delta: DurableMap
     protected: DurableMap
+    told: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A recovery as it shows in events and status: when (seconds since the epoch), what was found,
+    and what was done."""
+
+    at: float
+    found: str
+    done: tuple[str, ...]
+
+    def lines(self) -> tuple[str, ...]:
+        """All of it, a sentence a line."""
+        return (self.found, *self.done)
 
 
 def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     """The group of `record`, its maps filled and its states set right. The record is not committed."""
     group = CloneGroup(record, volume.map)
     delta, protected = volume.durable_maps(record, group.geometry.extents)
+    damage = list(_damage(record, delta, protected))
+    lost = bool(protected.damaged) or protected.newest_epoch > record.epoch
     if not volume.trusted:
         for clone in group.clones.values():
             clone.delta.fill_from(delta.bits)
         group.protected.clear_all()
-        if group.restoring is not None:
+        if group.protecting:
             group.protected.fill_from(protected.bits)
+    group.drop_protected()
+    after = record
+    if protected.newest_epoch > record.epoch:  # that number must not come again
+        after = replace(record, epoch=protected.newest_epoch + 1)
+        protected.begin_epoch(after.epoch)
     counts = {name: clone.delta.count for name, clone in group.clones.items()}
     if volume.trusted:
-        group.adopt(transitions.recovered(record, counts))
+        after = transitions.recovered(after, counts)
     else:
-        lost = bool(protected.damaged)
-        group.adopt(transitions.without_trust(record, counts, lost=lost))
-        if group.restoring is None:
-            group.protected.clear_all()  # D has it all, and only a restore has a P
-    if group.restoring is not None:
+        after = transitions.without_trust(after, counts, lost=lost)
+    group.adopt(after)
+    if not (volume.trusted or group.protecting):
+        group.protected.clear_all()  # D has it all, and only a Protected Restore has a P
+    if group.protecting:
         unknown = group.protected.bits[: group.geometry.extents] & ~protected.bits
         group.newly_protected = dict.fromkeys(runs(unknown))
-    return Loaded(group, delta, protected)
+    fates = (line for clone in record.clones for line in _fate(group, clone))
+    return Loaded(group, delta, protected, (*damage, *fates))
+
+
+def _damage(record: GroupRecord, delta: DurableMap, protected: DurableMap) -> Iterator[str]:
+    name = record.name
+    if delta.damaged:
+        yield (
+            f"{name}: damaged sectors of the Persistent Delta Map, {len(delta.damaged)} in all: their "
+            f"extents are taken to differ"
+        )
+    if protected.damaged:
+        yield (
+            f"{name}: sectors of the Persistent Protected Restore Map that are damaged in both copies, "
+            f"{len(protected.damaged)} in all"
+        )
+    if protected.newest_epoch > record.epoch:
+        yield (
+            f"{name}: the Persistent Protected Restore Map has restore number "
+            f"{protected.newest_epoch} and the record {record.epoch}: the newest record is lost"
+        )
+
+
+def found(volume: MetadataVolume) -> str:
+    """What the volume was found to be, in words."""
+    if volume.record.clean:
+        return "the volume was closed cleanly: the live maps are taken as they stand"
+    if volume.trusted:
+        return "only the daemon has ended: the live maps are taken as they stand"
+    return "the machine went down: the live maps are filled from the durable ones"
 
 
 def foretell(volume: MetadataVolume) -> list[str]:
     """What the next mount in this boot will do, in words. It is the recovery itself that says so, so
     `volume` must be on a medium that keeps stores to itself."""
-    told = [_whence(volume)]
-    for record in volume.record.groups:
-        group = load(volume, record).group
-        for clone in record.clones:
-            told += _fate(group, clone)
-    return told
-
-
-def _whence(volume: MetadataVolume) -> str:
-    if volume.record.clean:
-        return "the volume was closed cleanly: the live maps are taken as they stand"
-    if volume.trusted:
-        return "only the daemon has died: the live maps are taken as they stand"
-    return "the machine went down: the live maps are filled from the durable ones"
+    loaded = [load(volume, record) for record in volume.record.groups]
+    return [found(volume), *volume.damage, *(line for each in loaded for line in each.told)]
 
 
 def _fate(group: CloneGroup, before: CloneRecord) -> list[str]:
@@ -72,4 +115,6 @@ def _fate(group: CloneGroup, before: CloneRecord) -> list[str]:
     if after.state is CloneState.RESTORING:
         pending, protected = group.pending_count(), group.protected.count
         return [f"{name}: the restore goes on, {pending} extents pending, {protected} protected"]
+    if after.state is CloneState.REVERSE_SYNCHRONIZING:
+        return [f"{name}: the reverse sync goes on, {group.pending_count()} extents pending"]
     return [f"{name}: {changed}{after.state}: {after.record.reason}"] if changed else []

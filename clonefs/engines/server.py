@@ -162,6 +162,7 @@ class GroupServer:
         except ClonefsError:
             self.group.distrust(None)
             await self._distrust_durably()
+            await self.no_longer_equal()
             raise
 
     async def _distrust_durably(self) -> None:
@@ -181,14 +182,27 @@ class GroupServer:
                 await self.flush_clone(name)
 
     async def flush_clone(self, name: str) -> None:
-        """Flush a clone; the same."""
+        """Flush a clone; the same. In a Reverse Sync the record says so instead (D10)."""
         try:
             await self.units[name].flush()
         except ClonefsError as error:
+            if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
+                await self._fail_reverse_sync(name, error)
+                raise
             self.group.distrust(name)
             await self._distrust_durably()
             await self.split_off(name, error)
             raise
+
+    async def _fail_reverse_sync(self, name: str, error: ClonefsError) -> None:
+        def change(record: GroupRecord) -> GroupRecord:
+            if transitions.clone_named(record, name).state is not CloneState.REVERSE_SYNCHRONIZING:
+                return record
+            return transitions.failed_in_reverse_sync(record, name, reason=error.reason)
+
+        self.fault(name, error.reason)
+        with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
+            await self.change(change)
 
     def fault(self, name: str, reason: str) -> None:
         """Something that stops the running copy of a clone; it goes on to be tried."""

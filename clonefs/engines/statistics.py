@@ -81,7 +81,7 @@ def _restore(server: GroupServer) -> RestoreStatistics | None:
         return None
     return RestoreStatistics(
         clone=group.restoring.name,
-        protected=True,
+        protected=group.protecting,
         pending=group.pending_count(),
         protected_extents=group.protected.count,
         sync_copies=server.counts.sync,
@@ -129,7 +129,7 @@ def _done(server: GroupServer, clone: Clone) -> int:
     """How many extents of the running copy, or of the last one, have been copied."""
     total = clone.record.copy_total
     match clone.state:
-        case CloneState.RESTORING:
+        case CloneState.RESTORING | CloneState.REVERSE_SYNCHRONIZING:
             left = server.group.pending_count()
         case CloneState.SYNCHRONIZING | CloneState.OUT_OF_SYNC | CloneState.REVERSE_OUT_OF_SYNC:
             left = clone.delta.count

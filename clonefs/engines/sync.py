@@ -1,9 +1,9 @@
 """The Sync Engine: "copies data between a Source and a Clone".
 
 One task for each clone. In a Protected Restore it works sequentially from the beginning of the LU to
-its end and copies what is pending; for a mirrored clone it copies what the Delta Map has, the other
-way. It claims a run of extents, copies it, ends the claim, and looks again: the maps are its only
-memory, so it can be killed at any point.
+its end and copies what is pending, and so it does in a Reverse Sync; for a mirrored clone it copies
+what the Delta Map has, the other way. It claims a run of extents, copies it, ends the claim, and
+looks again: the maps are its only memory, so it can be killed at any point.
 
 It must never copy what it has not claimed, nor wait for anything but the copy while it has a claim:
 hosts wait for claims, and so does every transition.
@@ -17,13 +17,13 @@ import trio
 from clonefs.engines.server import GroupServer
 from clonefs.engines.transfers import Transfers
 from clonefs.errors import ClonefsError, DeviceError
-from clonefs.group import MIRRORED, Claim, Clone
+from clonefs.group import MIRRORED, RESTORES, Claim, Clone
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState
 
 log = logging.getLogger(__name__)
 
-COPYING = frozenset({CloneState.RESTORING, CloneState.SYNCHRONIZING})
+COPYING = RESTORES | {CloneState.SYNCHRONIZING}
 HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
 A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
@@ -73,7 +73,7 @@ class SyncEngine:
     def _is_left(self, clone: Clone) -> bool:
         """Whether there is anything to copy that the rate could hold up: hosts may have done it
         all."""
-        if clone.state is CloneState.RESTORING:
+        if clone.state in RESTORES:
             return self._group.next_pending(0, self._group.geometry.extents) >= 0
         return clone.delta.count > 0
 
@@ -122,12 +122,12 @@ class SyncEngine:
         await self._end_of_pass(clone)
 
     def _origin(self, clone: Clone) -> LogicalUnit:
-        if clone.state is CloneState.RESTORING:
+        if clone.state in RESTORES:
             return self._server.unit(clone)
         return self._server.source
 
     def _target(self, clone: Clone) -> LogicalUnit:
-        if clone.state is CloneState.RESTORING:
+        if clone.state in RESTORES:
             return self._server.source
         return self._server.unit(clone)
 
@@ -142,7 +142,7 @@ class SyncEngine:
             self._hint_at = offset + HOLE_HINT_EVERY
 
     def _claim(self, clone: Clone) -> Claim | None:
-        if clone.state is CloneState.RESTORING:
+        if clone.state in RESTORES:
             return self._group.claim_restore(self._cursor, partial(self._most, clone))
         return self._group.claim_sync(clone, self._cursor, partial(self._most, clone))
 
@@ -201,6 +201,8 @@ class SyncEngine:
 
     def _is_done(self, clone: Clone) -> bool:
         """Whether nothing is left but what writes under way have set: a transition drains these."""
-        if clone.state in MIRRORED and self._group.being_copied(clone):
+        if clone.state is not CloneState.RESTORING and self._group.being_copied(clone):
             return False
+        if clone.state is CloneState.REVERSE_SYNCHRONIZING:
+            return True
         return self._group.next_pending(0, self._group.geometry.extents) < 0

@@ -24,13 +24,13 @@ from clonefs.engines.cod import CodEngine
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD, Durability
 from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
-from clonefs.engines.recovery import Loaded, load
+from clonefs.engines.recovery import Loaded, Recovery, found, load
 from clonefs.engines.server import GroupServer
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
 from clonefs.errors import ClonefsError, busy, invalid, missing, taken
 from clonefs.extents import Geometry
-from clonefs.group import MIRRORED, CloneGroup, Command, transitions
+from clonefs.group import MIRRORED, RESTORES, CloneGroup, Command, transitions
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
 
@@ -73,6 +73,7 @@ class StorageSystem:
     ) -> None:
         self.recorder = recorder
         self.volume = recorder.volume
+        self.recovery: Recovery | None = None  # None: the volume was closed cleanly
         self.servers: dict[str, GroupServer] = {}
         self.sources: dict[str, SourceLu] = {}
         self.clones: dict[tuple[str, str], CloneLu] = {}
@@ -100,14 +101,15 @@ class StorageSystem:
         """
         self._nursery = nursery
         loaded = [load(self.volume, group) for group in self.volume.record.groups]
-
+        if not self.volume.record.clean or self.volume.damage:
+            done = tuple(line for each in loaded for line in each.told)
+            what = "; ".join([found(self.volume), *self.volume.damage])
+            self.recovery = Recovery(self._wall_clock(), what, done)
         recovered = tuple(each.group.record for each in loaded)
         await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
         self._recovered = True
-        if not self.volume.trusted:
-            self._event(
-                "recovery: the machine went down; the live maps are filled from the durable ones"
-            )
+        for line in () if self.recovery is None else self.recovery.lines():
+            self._event(f"recovery: {line}")
         for each in loaded:
             await self._open_group(each)
 
@@ -156,6 +158,7 @@ class StorageSystem:
 
     async def _checkpoints(self, server: GroupServer) -> None:
         """Trim the durable maps of a group every now and then."""
+        told = ""
         with self._checkpointers.setdefault(server.name, trio.CancelScope()):
             while True:
                 await trio.sleep(self._checkpoint)
@@ -164,8 +167,11 @@ class StorageSystem:
                     continue  # what cannot be flushed stays marked
                 try:
                     await server.checkpoint()
+                    told = ""
                 except ClonefsError as error:
-                    log.error("%s: no checkpoint: %s", server.name, error.reason)
+                    if error.reason != told:
+                        log.error("%s: no checkpoint: %s", server.name, error.reason)
+                    told = error.reason
 
     def _start_clone(self, server: GroupServer, name: str) -> None:
         assert self._nursery is not None
@@ -193,16 +199,20 @@ class StorageSystem:
                 await stack.enter_async_context(server.flushing)
             for server in self.servers.values():
                 await self._flush_for_stop(server, failures)
+        # What is not flushed may be lost when the machine goes down: then the durable maps know.
+        clean = self._recovered and not failures and not self._misses_units()
         try:
-            await self.recorder.close(clean=self._recovered)
+            await self.recorder.close(clean=clean)
         except ClonefsError as error:
             failures.append(error.reason)
         if failures:
             raise ClonefsError(5, "; ".join(failures))
 
+    def _misses_units(self) -> bool:
+        units = (u for s in self.servers.values() for u in (s.source, *s.units.values()))
+        return any(isinstance(unit, MissingUnit) for unit in units)
+
     async def _flush_for_stop(self, server: GroupServer, failures: list[str]) -> None:
-        """A unit that cannot be flushed has its maps filled, so that the volume may be closed as a
-        clean one all the same."""
         flushes = [(server.source, server.flush_source)] + [
             (unit, functools.partial(server.flush_clone, name))
             for name, unit in server.units.items()
@@ -461,17 +471,22 @@ class StorageSystem:
         server = self.server(group)
         async with server.commands:
             self._check(server, Command.FORCE_FRACTURE, name)
-            if server.group.clones[name].state is not CloneState.RESTORING:
+            if server.group.clones[name].state not in RESTORES:
                 await self._fracture([(server, [name])])
                 return
             async with server.held(), self._allocation:
-                # What has been restored stays restored, as far as the Source can still be written.
-                with contextlib.suppress(ClonefsError):
-                    await server.flush_source()
+                # What has been restored stays restored, as far as the Source can still be written;
+                # and a clone that was being written to stays as it is now.
+                for flush in (server.flush_source, functools.partial(server.flush_clone, name)):
+                    with contextlib.suppress(ClonefsError):
+                        await flush()
                 protected = self._empty_protected(server)
                 server.group.fold_protected(name)
+                now = self._wall_clock()
                 await server.change(
-                    lambda record: transitions.break_off_restore(record, name, protected=protected)
+                    lambda record: transitions.break_off_restore(
+                        record, name, protected=protected, now=now
+                    )
                 )
 
     def _empty_protected(self, server: GroupServer) -> MapSlot:
@@ -486,9 +501,20 @@ class StorageSystem:
 
         When it returns, every read of the Source shows the clone's data.
         """
+        await self._restore(group, name, Command.PROTECTED_RESTORE)
+
+    async def reverse_sync(self, group: str, name: str) -> None:
+        """Begin a Reverse Sync (D8): the same, but what hosts write goes to the clone too."""
+        await self._restore(group, name, Command.REVERSE_SYNC)
+
+    async def _restore(self, group: str, name: str, command: Command) -> None:
         server = self.server(group)
         async with server.commands:
-            self._check_restore(server, name)
+            self._check_restore(server, name, command)
+            if self._check(server, command, name) is CloneState.REVERSE_SYNCHRONIZING and (
+                server.group.clones[name].state is CloneState.REVERSE_SYNCHRONIZING
+            ):
+                return
             self._present(server, name)
             await self._forget_pages(group)  # what hosts have dirtied there comes before
             # The clone is what the Source shows from now on, so it must be as durable as that.
@@ -498,7 +524,7 @@ class StorageSystem:
                 async with server.held(), self._allocation:
                     await server.flush_clone(name)
                     await self._flush_those_to_split(server)
-                    await self._begin_restore(server, name)
+                    await self._begin_restore(server, name, command)
             except ClonefsError:
                 await server.no_longer_equal()  # L6 may have marked clones that stay mirrored
                 raise
@@ -511,14 +537,20 @@ class StorageSystem:
             with contextlib.suppress(ClonefsError):
                 await server.flush_clone(clone.name)
 
-    def _check_restore(self, server: GroupServer, name: str) -> None:
+    def _check_restore(self, server: GroupServer, name: str, command: Command) -> None:
         """Refuse early what `begin_restore` would refuse."""
         record = server.group.record
         transitions.begin_restore(
-            record, name, to_copy=0, equal=frozenset(), protected=record.protected, now=0.0
+            record,
+            name,
+            command=command,
+            to_copy=0,
+            equal=frozenset(),
+            protected=record.protected,
+            now=0.0,
         )
 
-    async def _begin_restore(self, server: GroupServer, name: str) -> None:
+    async def _begin_restore(self, server: GroupServer, name: str, command: Command) -> None:
         group = server.group
         equal = group.equal()
         protected = self._empty_protected(server)
@@ -528,7 +560,13 @@ class StorageSystem:
         now = self._wall_clock()
         await server.change(
             lambda record: transitions.begin_restore(
-                record, name, to_copy=to_copy, equal=equal, protected=protected, now=now
+                record,
+                name,
+                command=command,
+                to_copy=to_copy,
+                equal=equal,
+                protected=protected,
+                now=now,
             )
         )
         server.counts.sync = server.counts.cod = 0
@@ -548,6 +586,8 @@ class StorageSystem:
                     return True
                 if clone.state is CloneState.RESTORING:
                     await self._complete_restore(server, name)
+                elif clone.state is CloneState.REVERSE_SYNCHRONIZING:
+                    await self._complete_reverse_sync(server, name)
                 elif clone.state is CloneState.SYNCHRONIZING:
                     await self._complete_sync(server, name)
         except ClonefsError as error:
@@ -565,6 +605,31 @@ class StorageSystem:
             await server.flush_source()
             server.group.drop_protected_delta()
             await server.change(lambda record: transitions.complete_restore(record, name))
+
+    async def _complete_reverse_sync(self, server: GroupServer, name: str) -> None:
+        """The Source is flushed before the record says that it is what the others are copied from;
+        and the clone, for it keeps what hosts have flushed when the Source gets it. A clone that
+        cannot be flushed ends as out of sync, and all of it may differ."""
+        await server.flush_source()
+        async with server.held():
+            await self._copy_hot_extents(server, name)
+            clone = server.group.clones[name]
+            if clone.state is not CloneState.REVERSE_SYNCHRONIZING or clone.delta.count:
+                return
+            await server.flush_source()
+            with contextlib.suppress(ClonefsError):
+                await server.flush_clone(name)
+            now = self._wall_clock()
+            try:
+                if server.group.clones[name].record.split_by is not None:
+                    await server.durability.mark_all()
+                    server.group.protected.mark_all()  # the Delta Map, once the record says so
+                await server.change(
+                    lambda record: transitions.complete_reverse_sync(record, name, now=now)
+                )
+            except BaseException:
+                server.group.drop_protected()
+                raise
 
     async def _complete_sync(self, server: GroupServer, name: str) -> None:
         if server.group.clones[name].record.then_fracture:
@@ -594,18 +659,23 @@ class StorageSystem:
         clone = group.clones[name]
         if (
             clone not in group.mirrored  # it may have failed while the group was drained
-            or group.restoring is not None
+            or group.restoring not in (None, clone)
             or clone.delta.count > HOT_EXTENTS
         ):
             return
+        origin, target = server.source, server.unit(clone)
+        claim_one = functools.partial(group.claim_sync, clone, 0, lambda at: 1)
+        if group.restoring is clone:
+            origin, target = target, origin
+            claim_one = functools.partial(group.claim_restore, 0, lambda at: 1)
         for _ in range(clone.delta.count):
-            claim = group.claim_sync(clone, 0, lambda at: 1)
+            claim = claim_one()
             if claim is None:
                 return
             copied = False
             try:
                 offset, length = group.geometry.bytes_of(claim.first, claim.stop)
-                await server.unit(clone).copy_from(server.source, offset, length)
+                await target.copy_from(origin, offset, length)
                 copied = True
             finally:
                 group.end_copy(claim, copied=copied)

@@ -122,6 +122,12 @@ async def protected_restore(system: StorageSystem, group: str, clone: str, text:
     await system.protected_restore(group, clone)
 
 
+async def reverse_sync(system: StorageSystem, group: str, clone: str, text: str) -> None:
+    """1"""
+    one_of(text, "1")
+    await system.reverse_sync(group, clone)
+
+
 async def rate(system: StorageSystem, group: str, clone: str, text: str) -> None:
     """Bytes a second, or max"""
     found = words(text)

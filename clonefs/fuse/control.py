@@ -107,7 +107,7 @@ def _cod_queue(control: Control, where: Where) -> Content:
 
 
 def _status_json(control: Control, where: Where) -> Content:
-    return render.status_json(control.system.volume, control.groups())
+    return render.status_json(control.system.volume, control.groups(), control.system.recovery)
 
 
 def _refuse_reserved(text: str, files: dict[str, ControlFile], later: frozenset[str]) -> None:
@@ -156,7 +156,9 @@ def _on_clone(
 
 
 TOP: dict[str, ControlFile] = {
-    "status": ControlFile(lambda control, where: render.table(control.groups())),
+    "status": ControlFile(
+        lambda control, where: render.table(control.groups(), control.system.recovery)
+    ),
     "status.json": ControlFile(_status_json),
     "events": ControlFile(lambda control, where: ""),  # read as it grows, see operations
     "error": ControlFile(_error),
@@ -194,6 +196,7 @@ CLONE: dict[str, ControlFile] = {
     "sync": _on_clone(commands.sync),
     "fracture": _on_clone(commands.fracture),
     "protected_restore": _on_clone(commands.protected_restore),
+    "reverse_sync": _on_clone(commands.reverse_sync),
 }
 
 TABLES: tuple[dict[str, ControlFile], ...] = (TOP, GROUP, CLONE)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
-from clonefs.engines import CloneStatistics, GroupStatistics
+from clonefs.engines import CloneStatistics, GroupStatistics, Recovery
 from clonefs.extents import format_size
 from clonefs.volume import MetadataVolume
 
@@ -25,8 +25,9 @@ def rate_text(rate: int | None) -> str:
     return "max" if rate is None else format_size(rate)
 
 
-def table(groups: Iterable[GroupStatistics]) -> str:
-    """One aligned table for people. A line for each Source and each clone, errors below."""
+def table(groups: Iterable[GroupStatistics], recovery: Recovery | None = None) -> str:
+    """One aligned table for people. A line for each Source and each clone, errors below, then what
+    was recovered when the volume was mounted."""
     rows: list[tuple[str, ...]] = [_HEAD]
     errors = []
     for group in groups:
@@ -42,11 +43,16 @@ def table(groups: Iterable[GroupStatistics]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    if recovery is not None:
+        errors += [f"recovery: {line}" for line in recovery.lines()]
     return "\n".join(lines + errors) + "\n"
 
 
 def _source_row(group: GroupStatistics) -> tuple[str, ...]:
-    state = f"restoring from {group.restore.clone}" if group.restore else "-"
+    state = "-"
+    if group.restore is not None:
+        verb = "restoring" if group.restore.protected else "reverse-synchronizing"
+        state = f"{verb} from {group.restore.clone}"
     size = format_size(group.size)
     return (f"{group.name}/source", state, group.state, "-", "-", size, "-", "-", group.backing)
 
@@ -65,7 +71,9 @@ def _clone_row(group: GroupStatistics, clone: CloneStatistics) -> tuple[str, ...
     )
 
 
-def status_json(volume: MetadataVolume, groups: Iterable[GroupStatistics]) -> str:
+def status_json(
+    volume: MetadataVolume, groups: Iterable[GroupStatistics], recovery: Recovery | None
+) -> str:
     """status.json: the contract for programs. Fields are added, never renamed."""
     status = {
         "volume": {
@@ -75,6 +83,13 @@ def status_json(volume: MetadataVolume, groups: Iterable[GroupStatistics]) -> st
             "used": volume.used,
         },
         "daemon": {"pid": os.getpid()},
+        "recovery": None
+        if recovery is None
+        else {
+            "at": timestamp(recovery.at),
+            "found": recovery.found,
+            "done": list(recovery.done),
+        },
         "groups": {group.name: _group_json(group) for group in groups},
     }
     return json.dumps(status, indent=2) + "\n"

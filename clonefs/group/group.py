@@ -24,7 +24,7 @@ from bitarray import bitarray
 from clonefs.extents import ExtentMap, Geometry, Run
 from clonefs.group.cod_queue import CodQueue
 from clonefs.group.scoreboard import Claim, CodScoreboard, Engine
-from clonefs.group.transitions import MIRRORED
+from clonefs.group.transitions import MIRRORED, RESTORES
 from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
 
@@ -53,7 +53,7 @@ class Route(Enum):
 
     SOURCE = auto()  # complete there
     COPY = auto()  # pending: who reads copies the extents, and answers from what was copied
-    CLONE = auto()  # pending and being copied by somebody else: the clone has the same bytes
+    CLONE = auto()  # pending, and being copied or written to by somebody else: the clone has it
 
 
 class Obstacle(Enum):
@@ -92,6 +92,7 @@ class CloneGroup:
         # been written to and are equal again, noted while a checkpoint runs.
         self.newly_protected: dict[tuple[int, int], None] = {}  # an ordered set
         self.touched: list[tuple[int, int]] | None = None
+        self._not_believed: set[Claim] = set()  # copies under way when a flush failed
         self.adopt(record)
 
     def adopt(self, record: GroupRecord) -> None:
@@ -103,9 +104,16 @@ class CloneGroup:
         }
         clones = self.clones.values()
         self.protected = self._map_of(record.protected, extents)
-        self.restoring = next((c for c in clones if c.state is CloneState.RESTORING), None)
-        self.mirrored = tuple(c for c in clones if c.state in MIRRORED)
-        self.split = tuple(c for c in clones if c.state not in MIRRORED and c is not self.restoring)
+        # The clone that the Source is being made equal to. In a Protected Restore what hosts write is
+        # protected from it; in a Reverse Sync it is written to both, as with any mirrored clone.
+        self.restoring = next((c for c in clones if c.state in RESTORES), None)
+        self.protecting = self.restoring is not None and (
+            self.restoring.state is CloneState.RESTORING
+        )
+        self.mirrored = tuple(
+            c for c in clones if c.state in MIRRORED or c.state is CloneState.REVERSE_SYNCHRONIZING
+        )
+        self.split = tuple(c for c in clones if c.state not in MIRRORED | RESTORES)
 
     # What is pending
 
@@ -149,12 +157,16 @@ class CloneGroup:
         if pending != extent:
             return Route.SOURCE, stop if pending < 0 else pending, None
         run = self.pending_run(extent, stop)
-        free = self.scoreboard.free_run(*run)
+        free = self._free_run(*run)
         if free.stop > free.first:
             return Route.COPY, free.stop, self._claim_from_clone(free, Engine.COD)
-        claimed = self.scoreboard.overlapping(*run)
-        assert claimed is not None
-        return Route.CLONE, min(claimed.stop, run.stop), None
+        return Route.CLONE, min(self._after_claim(extent), run.stop), None
+
+    def _free_run(self, first: int, stop: int) -> Run:
+        """The part of [first, stop) before the first extent that is claimed, or being written to
+        together with a mirrored clone: a copy of that could be of half a write."""
+        free = self.scoreboard.free_run(first, stop)
+        return Run(first, self.writes.first_in(first, free.stop))
 
     def _claim_from_clone(self, run: Run, engine: Engine) -> Claim:
         assert self.restoring is not None
@@ -171,7 +183,7 @@ class CloneGroup:
         if self.mirrored:
             return False
         first, stop = self.geometry.extents_of(offset, length)
-        if self.restoring is not None:
+        if self.protecting:
             if self.next_pending(first, stop) >= 0:
                 return False
             self._protect(first, stop)
@@ -194,7 +206,7 @@ class CloneGroup:
         ticket = WriteTicket(
             offset, offset + length, first, stop, self.mirrored, self._claim_whole(first, stop)
         )
-        if self.restoring is not None:
+        if self.protecting:
             at = first
             for claim in ticket.claims:
                 self._protect(at, claim.first)
@@ -207,8 +219,9 @@ class CloneGroup:
         return ticket
 
     def pending_in_part(self, offset: int, length: int) -> list[int]:
-        """The pending extents that the bytes cover in part: at most the first and the last."""
-        if self.restoring is None:
+        """The pending extents that the bytes cover in part, and that have to be copied before: at
+        most the first and the last. In a Reverse Sync none: the clone gets the bytes too."""
+        if not self.protecting:
             return []
         first, stop = self.geometry.extents_of(offset, length)
         whole_first, whole_stop = self.geometry.whole_extents_of(offset, length)
@@ -219,6 +232,8 @@ class CloneGroup:
         ]
 
     def _claim_whole(self, first: int, stop: int) -> tuple[Claim, ...]:
+        if not self.protecting:
+            return ()
         claims = []
         extent = self.next_pending(first, stop)
         while extent >= 0:
@@ -257,7 +272,11 @@ class CloneGroup:
             self.scoreboard.release(claim)
         if not ticket.mirrors:
             return
-        different = unequal if written else [clone.name for clone in ticket.mirrors]
+        unequal = list(unequal)
+        # What a Reverse Sync has to copy again changes the Source under every clone (L6).
+        copied_again = self.restoring is not None and self.restoring.name in unequal
+        all_differ = not written or copied_again
+        different = [clone.name for clone in ticket.mirrors] if all_differ else unequal
         for extent in range(ticket.first, ticket.stop):
             for name in different:
                 self.writes.keep(extent, name)
@@ -291,7 +310,7 @@ class CloneGroup:
         at = start
         while (at := self.next_pending(at, self.geometry.extents)) >= 0:
             run = self.pending_run(at, min(at + most(at), self.geometry.extents))
-            free = self.scoreboard.free_run(*run)
+            free = self._free_run(*run)
             if free.stop > free.first:
                 return self._claim_from_clone(free, Engine.SYNC)
             at = self._after_claim(at)
@@ -306,8 +325,7 @@ class CloneGroup:
         at = start
         while (at := clone.delta.next_set(at, self.geometry.extents)) >= 0:
             stop = clone.delta.next_clear(at, min(at + most(at), self.geometry.extents))
-            free = self.scoreboard.free_run(at, stop)
-            stop = min(free.stop, self.writes.first_in(at, stop))
+            stop = self._free_run(at, stop).stop
             pending = self.next_pending(at, stop)
             stop = stop if pending < 0 else pending
             if stop > at:
@@ -324,7 +342,9 @@ class CloneGroup:
         that failed, or was cancelled, leaves them (L3), and so does one to a clone that has been
         split off meanwhile: hosts have written to the Source since without looking at claims."""
         clone = self.clones.get(claim.clone)
-        if copied and clone is not None and clone not in self.split:
+        believed = claim not in self._not_believed
+        self._not_believed.discard(claim)
+        if copied and believed and clone is not None and clone not in self.split:
             if self.touched is not None:
                 self.touched.append((claim.first, claim.stop))
             clone.delta.clear(claim.first, claim.stop)
@@ -353,6 +373,17 @@ class CloneGroup:
         assert self.next_pending(0, self.geometry.extents) < 0
         self.restoring.delta.clear_all()
 
+    def drop_protected(self) -> None:
+        """P is empty but in a Protected Restore: what is in it comes from a command that was cut
+        off, or from a restore whose record is lost, and then it is a difference of every clone. In
+        a Reverse Sync it is the former: nobody is protected from it."""
+        if self.protecting:
+            return
+        if self.restoring is None:
+            for clone in self.clones.values():
+                clone.delta.mark_from(self.protected)
+        self.protected.clear_all()
+
     def being_copied(self, clone: Clone) -> bool:
         """Whether somebody has claimed an extent that still differs in `clone`."""
         return any(clone.delta.next_set(claim.first, claim.stop) >= 0 for claim in self.scoreboard)
@@ -366,11 +397,21 @@ class CloneGroup:
 
     def distrust(self, name: str | None) -> None:
         """A flush has failed, of the clone `name` or of the Source (None): nobody knows what of the
-        bytes is left, so every extent may differ (D10). P is left alone: what a host wrote during a
-        restore may be lost, but must not be overwritten."""
+        bytes is left, so every extent may differ (D10), also where a copy or a write is under way.
+        P is left alone: what a host wrote during a restore may be lost, but must not be overwritten.
+
+        A clone that is restored from had been flushed when that began, and has not been written to
+        but in a Reverse Sync; there the Source is what is right where its bits are clear.
+        """
+        if name is not None and self.restoring is self.clones.get(name):
+            return
         for clone in self.clones.values():
             if name is None or clone.name == name:
                 clone.delta.mark_all()
+                self.writes.keep_all(clone.name)
+        self._not_believed |= {
+            claim for claim in self.scoreboard if name is None or claim.clone == name
+        }
 
     def changes_maps(self, offset: int, length: int) -> bool:
         """Whether a host write to the Source would have to change a map."""
@@ -378,7 +419,7 @@ class CloneGroup:
         if self.mirrored or self.next_pending(first, stop) >= 0:
             return True
         maps = [clone.delta for clone in self.split]
-        if self.restoring is not None:
+        if self.protecting:
             maps.append(self.protected)
         return any(each.next_clear(first, stop) < stop for each in maps)
 

@@ -24,6 +24,7 @@ class Command(StrEnum):
     FRACTURE = "fracture"
     FORCE_FRACTURE = "fracture force"
     PROTECTED_RESTORE = "protected_restore"
+    REVERSE_SYNC = "reverse_sync"
     REMOVE = "remove_clone"
 
 
@@ -48,12 +49,18 @@ TABLE: dict[Command, dict[CloneState, CloneState]] = {
         _S.SYNCHRONIZING: _S.OUT_OF_SYNC,
         _S.FRACTURED: _S.FRACTURED,
         _S.RESTORING: _S.REVERSE_OUT_OF_SYNC,
+        _S.REVERSE_SYNCHRONIZING: _S.REVERSE_OUT_OF_SYNC,
         _S.REVERSE_OUT_OF_SYNC: _S.REVERSE_OUT_OF_SYNC,
     },
     Command.PROTECTED_RESTORE: {
         _S.FRACTURED: _S.RESTORING,
         _S.REVERSE_OUT_OF_SYNC: _S.RESTORING,
         _S.RESTORING: _S.RESTORING,
+    },
+    Command.REVERSE_SYNC: {
+        _S.FRACTURED: _S.REVERSE_SYNCHRONIZING,
+        _S.REVERSE_OUT_OF_SYNC: _S.REVERSE_SYNCHRONIZING,
+        _S.REVERSE_SYNCHRONIZING: _S.REVERSE_SYNCHRONIZING,
     },
     Command.REMOVE: {
         _S.SYNCHRONIZED: _S.SYNCHRONIZED,
@@ -64,6 +71,8 @@ TABLE: dict[Command, dict[CloneState, CloneState]] = {
 }
 
 MIRRORED = frozenset({_S.SYNCHRONIZING, _S.SYNCHRONIZED})
+# States in which the Source is being made what the clone is.
+RESTORES = frozenset({_S.RESTORING, _S.REVERSE_SYNCHRONIZING})
 
 _NEXT_STEP: dict[CloneState, str] = {
     _S.SYNCHRONIZING: "wait until it is synchronized, or fracture it",
@@ -71,6 +80,7 @@ _NEXT_STEP: dict[CloneState, str] = {
     _S.FRACTURED: "it is a complete point-in-time copy",
     _S.OUT_OF_SYNC: "it is no complete copy: sync it first",
     _S.RESTORING: "wait until the restore is done, or break it off with force",
+    _S.REVERSE_SYNCHRONIZING: "wait until it is synchronized, or break it off with force",
     _S.REVERSE_OUT_OF_SYNC: "the Source is part old, part clone: restore from it again",
 }
 
@@ -95,8 +105,8 @@ def clone_named(group: GroupRecord, name: str) -> CloneRecord:
 
 
 def restoring_clone(group: GroupRecord) -> CloneRecord | None:
-    """The clone that a Protected Restore is running from."""
-    return next((clone for clone in group.clones if clone.state is _S.RESTORING), None)
+    """The clone that a Protected Restore or a Reverse Sync is running from."""
+    return next((clone for clone in group.clones if clone.state in RESTORES), None)
 
 
 def begin_sync(group: GroupRecord, name: str, *, to_copy: int, then_fracture: bool) -> GroupRecord:
@@ -164,33 +174,41 @@ def begin_restore(
     group: GroupRecord,
     name: str,
     *,
+    command: Command = Command.PROTECTED_RESTORE,
     to_copy: int,
     equal: frozenset[str],
     protected: MapSlot,
     now: float,
 ) -> GroupRecord:
-    """A Protected Restore begins, or begins again (D4). Needs the group held and drained, every
-    mirrored clone flushed, L6 done, and if it begins again, D[c] |= P. `protected`: an empty
-    Protected Restore Map; the one of the group, if it is."""
+    """A Protected Restore begins, or begins again (D4), or a Reverse Sync begins (D8), as `command`
+    says. Needs the group held and drained, every mirrored clone flushed, L6 done, and if it begins
+    again, D[c] |= P. `protected`: an empty Protected Restore Map; the one of the group, if it is."""
     clone = clone_named(group, name)
     running = restoring_clone(group)
     if running is not None and running.name != name:
         raise busy(
-            f"a Protected Restore from {group.name}/{running.name} is running: wait until it is "
-            f"done, or break it off with force"
+            f"{group.name}/{running.name} is {running.state}, and a Source can be restored from one "
+            f"clone at a time: wait until it is done, or break it off with force"
         )
-    state = next_state(Command.PROTECTED_RESTORE, group, clone)
+    state = next_state(command, group, clone)
     mirrored = [each.name for each in group.clones if each.state in MIRRORED]
     group = fracture(group, mirrored, equal=equal, now=now)
     group = replace(group, protected=protected, epoch=group.epoch + 1)
-    return group.with_clone(replace(clone, state=state, copy_total=to_copy, reason=None))
+    clone = replace(clone, state=state, copy_total=to_copy, reason=None)
+    if state is _S.REVERSE_SYNCHRONIZING:  # what hosts write goes to the clone too: as in a sync
+        clone = replace(clone, split_by=None, fractured_at=None, written=False)
+    return group.with_clone(clone)
 
 
-def break_off_restore(group: GroupRecord, name: str, *, protected: MapSlot) -> GroupRecord:
+def break_off_restore(
+    group: GroupRecord, name: str, *, protected: MapSlot, now: float
+) -> GroupRecord:
     """The restore ends by force: the Source is part old, part clone. Needs the group held and
     drained and D[c] |= P. `protected`: an empty Protected Restore Map."""
     clone = clone_named(group, name)
     state = next_state(Command.FORCE_FRACTURE, group, clone)
+    if clone.state is _S.REVERSE_SYNCHRONIZING:
+        clone = replace(clone, split_by=clone.split_by or SplitBy.ADMINISTRATOR, fractured_at=now)
     return replace(group, protected=protected).with_clone(replace(clone, state=state))
 
 
@@ -201,6 +219,24 @@ def complete_restore(group: GroupRecord, name: str) -> GroupRecord:
     return replace(group, protected=clone.delta).with_clone(
         replace(clone, state=_S.FRACTURED, delta=group.protected)
     )
+
+
+def complete_reverse_sync(group: GroupRecord, name: str, *, now: float) -> GroupRecord:
+    """The Source is what the clone is, and the clone is mirrored from now on. Needs the group held
+    and drained, D[c] empty, and both flushed. A clone that failed meanwhile has to be copied to in
+    full: then P must have every extent, and becomes its Delta Map."""
+    clone = clone_named(group, name)
+    if clone.split_by is SplitBy.SYSTEM:
+        split = replace(clone, state=_S.OUT_OF_SYNC, fractured_at=now, delta=group.protected)
+        return replace(group, protected=clone.delta).with_clone(split)
+    return group.with_clone(replace(clone, state=_S.SYNCHRONIZED))
+
+
+def failed_in_reverse_sync(group: GroupRecord, name: str, *, reason: str) -> GroupRecord:
+    """A flush of a clone that is being reverse synchronized has failed (D10): what it has of the
+    hosts' writes is not to be believed, so that it cannot become synchronized."""
+    clone = clone_named(group, name)
+    return group.with_clone(replace(clone, split_by=SplitBy.SYSTEM, reason=reason))
 
 
 def written(group: GroupRecord, name: str) -> GroupRecord:
@@ -219,11 +255,12 @@ def recovered(group: GroupRecord, delta_counts: dict[str, int]) -> GroupRecord:
 
 def without_trust(group: GroupRecord, counts: dict[str, int], *, lost: bool) -> GroupRecord:
     """The group after a power cut (D9), its live maps filled from the durable ones. `counts` are
-    those of the Delta Maps; `lost`: sectors of the PPRM are damaged in both copies, so that nobody
-    knows what hosts have written: a restore that ran waits for a person."""
+    those of the Delta Maps; `lost`: sectors of the PPRM are damaged in both copies, or of a restore
+    that the record does not know, so that nobody knows what hosts have written: a restore that ran
+    waits for a person."""
     group = recovered(group, counts)
     running = restoring_clone(group)
-    if running is None or not lost:
+    if running is None or running.state is not _S.RESTORING or not lost:
         return group
     reason = (
         "the Protected Restore cannot go on: the map of what hosts have written since it began is "

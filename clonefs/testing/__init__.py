@@ -2,10 +2,23 @@
 
 The group, the engines and the volume are the real ones; only what is under them is simulated, in
 virtual time, so that a run is a function of its seed. `run_simulation` drives a run; a run that
-finds something raises `Violation`, and its seed replays it.
+finds something raises `Violation`, and its plan replays it. `python -m clonefs.testing` runs for as
+long as asked.
 """
 
 from clonefs.testing.oracle import Violation
-from clonefs.testing.simulation import Plan, Report, run_simulation, sweep
+from clonefs.testing.simulation import Plan, Report, Simulation, random_plan, run_simulation
+from clonefs.testing.sweeps import SCENARIOS, Blow, plan_of, sweep
 
-__all__ = ["Plan", "Report", "Violation", "run_simulation", "sweep"]
+__all__ = [
+    "SCENARIOS",
+    "Blow",
+    "Plan",
+    "Report",
+    "Simulation",
+    "Violation",
+    "plan_of",
+    "random_plan",
+    "run_simulation",
+    "sweep",
+]

@@ -27,6 +27,7 @@ class Write:
 
     `acknowledged`: somebody was told that it is done; `flushed`: and that it is on stable storage;
     `buried`: another one that is flushed has overtaken it, so that no power cut brings it back.
+    `dropped`: a flush of it has failed, so that no later one can be believed to have flushed it.
     """
 
     value: int
@@ -36,6 +37,7 @@ class Write:
     acknowledged: bool = False
     flushed: bool = False
     buried: bool = False
+    dropped: bool = False
 
 
 def stamp(value: int) -> bytes:
@@ -97,11 +99,20 @@ class Register:
         for writes in self._sectors:
             latest = -1
             for write in writes:
-                if write.acknowledged and (write.flushed or write.end < since):
+                if write.acknowledged and (
+                    write.flushed or (write.end < since and not write.dropped)
+                ):
                     write.flushed = True
                     latest = max(latest, write.start)
             for write in writes:
                 write.buried = write.buried or write.end < latest
+
+    def dropped(self, sector: int, value: int, now: int) -> None:
+        """A flush has failed, and dropped what was written to `sector`; `value` is on disk instead.
+        Whoever was to be told has been told: from now on either may be found."""
+        for write in self._sectors[sector]:
+            write.dropped = write.dropped or not write.flushed
+        self._sectors[sector].append(Write(value, now, now))
 
     def give_up(self, begun: list[tuple[int, Write]], now: int) -> None:
         """The write failed, or the daemon died: it may have happened or not, but is over."""

@@ -1,14 +1,14 @@
-"""A run: hosts, a person who commands, faults, and deaths of the daemon, from one seed.
+"""A run: hosts, people who command, faults, and deaths of the daemon, from one seed.
 
-The world is small (a few extents of a few sectors), so that everything meets everything. After each
-death, and at the end, the disks and the maps are looked at as they lie there:
-
-- the Source, as hosts would see it, has only what the oracle allows;
-- a point-in-time copy has not changed, but for what hosts wrote to it;
-- every difference between a clone and the Source is in the maps.
+The world is small (a few extents of a few sectors), so that everything meets everything. A run is
+several lives of the daemon over the same disks and the same volume. Each but the last ends with a
+death at a point, a power cut, or an unmount; faults may come in each but the last, in which
+everything that copies comes to its end. After each life, and at the end, the ledgers look at disks
+and maps as they lie there.
 """
 
 import importlib
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,38 +19,57 @@ from typing import Any
 import trio
 import trio.testing
 
-from clonefs.engines import HostLu, Recorder, StorageSystem
+from clonefs.engines import Recorder, StorageSystem
 from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR, ExtentMap
-from clonefs.group import MIRRORED, CloneGroup
-from clonefs.testing.oracle import Register, Violation, Write, stamp, stamps
-from clonefs.testing.world import SimulatedMedium, SimulatedUnit, World
+from clonefs.group import CloneGroup
+from clonefs.testing.driver import EXTENT, PER_EXTENT, SOURCE, Counts, Driver
+from clonefs.testing.ledger import Clock, Ledger, disk_name
+from clonefs.testing.oracle import Register, Violation, stamp, stamps
+from clonefs.testing.scenarios import SCENARIOS
+from clonefs.testing.world import Disk, Faults, SimulatedMedium, SimulatedUnit, World
 from clonefs.units import LogicalUnit
 from clonefs.volume import CloneState, MapSlot, MetadataVolume, format_medium
+from clonefs.volume.check import Fault, Severity, examine
 
-GROUP = "g"
+GROUPS = ("g", "h")
 CLONES = ("a", "b", "c")
-EXTENT = 4096
 VOLUME = 1 << 20
 A_LONG_TIME = 24 * 3600.0  # virtual seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is made of. Everything that happens follows from this."""
+    """What a run is made of. Everything that happens follows from this.
+
+    `requests` are of each host in each life, `commands` of each life. `fault_rate`: of the reads
+    and writes of disks; `flush_fault_rate`, `volume_fault_rate`: of flushes, and of durable writes to
+    the volume. Of the lives that end, `power_cuts` is the share that end with one. `rot`: the chance
+    that a sector of a durable map is damaged between two lives. `scenario`: a written one instead of
+    random hosts; `death`: the point at which the first life ends, `fault`: the I/O of the first life
+    that fails, for ever if `lasting`.
+    """
 
     seed: int
+    groups: int = 1
+    clones: int = 3
     extents: int = 6
-    lives: int = 3  # of the daemon: it dies at a random point of each but the last
+    lives: int = 3
     points_a_life: int = 1500
     hosts: int = 4
-    requests: int = 40  # of each host, in each life
+    requests: int = 40
     commands: int = 25
-    clones: int = 3
     fault_rate: float = 0.0
-    power_cuts: float = 0.5  # of the deaths
-    first_death: int | None = None  # the point at which the first daemon dies, if not at random
+    flush_fault_rate: float = 0.0
+    volume_fault_rate: float = 0.0
+    lasting_rate: float = 0.0
+    power_cuts: float = 0.5
+    rot: float = 0.0
+    scenario: str | None = None
+    death: int | None = None
+    fault: int | None = None
+    lasting: bool = False
 
 
 @dataclass(slots=True)
@@ -62,13 +81,11 @@ class Report:
     points: int = 0
     deaths: int = 0
     power_cuts: int = 0
-    flushes: int = 0
-    restores: int = 0
-    fractures: int = 0
+    unmounts: int = 0
     faults: int = 0
-    reads: int = 0
-    writes: int = 0
-    refused: int = 0
+    rotten: int = 0
+    hit: bool = False  # whether the first life came to the plan's death, or its fault
+    counts: Counts = field(default_factory=Counts)
 
 
 class PointedMap(ExtentMap):
@@ -111,53 +128,6 @@ class PointedVolume(MetadataVolume):
         return found
 
 
-@dataclass(slots=True)
-class Simulation:
-    """The run of a plan: what lives longer than one daemon."""
-
-    plan: Plan
-    report: Report
-    random: random.Random
-    now: int = 0
-    boot: int = 0
-    stamp: int = 0
-    source: Register | None = None
-    copies: dict[str, Register] = field(default_factory=dict)
-    states: dict[str, CloneState] = field(default_factory=dict)
-    commanded_at: int = 0
-    under_way: list[tuple[Register, list[tuple[int, Write]]]] = field(default_factory=list)
-
-    @property
-    def clones(self) -> tuple[str, ...]:
-        return CLONES[: self.plan.clones]
-
-    @property
-    def size(self) -> int:
-        # The last extent is a short one.
-        return self.plan.extents * EXTENT - 3 * SECTOR
-
-    def tick(self) -> int:
-        self.now += 1
-        return self.now
-
-
-def _point_of_death(plan: Plan, life: int, rng: random.Random) -> int:
-    drawn = rng.randrange(1, plan.points_a_life)  # drawn in any case, so that the rest is the same
-    return drawn if life or plan.first_death is None else plan.first_death
-
-
-def sweep(plan: Plan, step: int = 1) -> Iterator[Report]:
-    """Run `plan` once for every `step`th point of its first life: the daemon dies there. Ends when a
-    death comes after all that the first life does. Raises Violation like `run_simulation`."""
-    point = 1
-    while True:
-        report = run_simulation(replace(plan, first_death=point, lives=2))
-        if not report.deaths:
-            return
-        yield report
-        point += step
-
-
 @contextmanager
 def _must_end(seconds: float) -> Iterator[None]:
     """Whatever happens comes to an end: nobody waits for ever."""
@@ -174,57 +144,207 @@ def _deterministic_trio(seed: int) -> None:
     trio_run._r.seed(seed)
 
 
-def run_simulation(plan: Plan) -> Report:
-    """Run `plan`. Raises Violation with what went wrong; the plan replays it."""
-    rng = random.Random(plan.seed)
-    _deterministic_trio(plan.seed)
-    simulation = Simulation(plan, Report(plan.seed), rng)
-    disks = {name: bytearray() for name in ("source", *simulation.clones)}
-    for content in disks.values():  # different everywhere, and a hole now and then
-        for _ in range(simulation.size // SECTOR):
-            simulation.stamp += 1
-            content.extend(stamp(simulation.stamp if rng.random() < 0.8 else 0))
-    simulation.source = Register("the Source", stamps(disks["source"]), simulation.tick())
-    volume = bytearray(VOLUME)
-    first = World(rng, volume=volume, volume_on_disk=bytearray(VOLUME))
-    format_medium(SimulatedMedium(first), bytes(16))
-    for life in range(plan.lives):
-        last = life == plan.lives - 1
+class Simulation:
+    """The run of a plan: what lives longer than one daemon."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.report = Report(plan.seed)
+        self.random = random.Random(plan.seed)
+        self.clock = Clock()
+        self.world: World | None = None
+        self._operations = 0
+        self.boot = 0
+        self.stamp = 0
+        self.ordered: list[tuple[int, int, int]] = []
+        self.groups = GROUPS[: plan.groups]
+        self.clones = CLONES[: plan.clones]
+        self.size = plan.extents * EXTENT - 3 * SECTOR  # the last extent is a short one
+        names = [disk_name(group, lu) for group in self.groups for lu in (SOURCE, *self.clones)]
+        self.disks = {name: Disk.of(self._first_content()) for name in names}
+        self.ledgers = {group: self._ledger(group) for group in self.groups}
+        self.volume, self.volume_on_disk = bytearray(VOLUME), bytearray(VOLUME)
+        world = World(self.random, self.volume, self.volume_on_disk)
+        format_medium(SimulatedMedium(world), bytes(16))
+
+    def _first_content(self) -> bytearray:
+        """Different everywhere, and a hole now and then."""
+        content = bytearray()
+        for _ in range(self.size // SECTOR):
+            content.extend(stamp(self.next_stamp() if self.random.random() < 0.8 else 0))
+        return content
+
+    def _ledger(self, group: str) -> Ledger:
+        source = stamps(self.disks[disk_name(group, SOURCE)].content)
+        register = Register(f"the Source of {group}", source, self.clock.tick())
+        return Ledger(group, self.clones, register, self.clock)
+
+    def next_stamp(self) -> int:
+        """A number that no sector has had yet."""
+        self.stamp += 1
+        return self.stamp
+
+    def run(self) -> Report:
+        """All lives. Raises Violation. What the daemon would log is not logged: it is expected."""
+        logging.disable(logging.CRITICAL)
+        try:
+            return self._run()
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def _run(self) -> Report:
+        for life in range(self.plan.lives):
+            last = life == self.plan.lives - 1
+            world = self.world = self._world(life, last=last)
+            _Life(self, world, last=last).live(work=not last or self.plan.scenario is None)
+            self.report.points += world.points
+            if not life:
+                self.report.hit = world.failed > 0 if self.plan.fault else world.frozen_at_point
+            self.report.faults += world.failed
+            self.report.operations = self.operations()
+            self._operations, self.world = self.report.operations, None
+            self._after(world)
+        return self.report
+
+    def operations(self) -> int:
+        """I/Os so far; also of a run that was broken off."""
+        return self._operations + (0 if self.world is None else self.world.operations)
+
+    def _world(self, life: int, *, last: bool) -> World:
         world = World(
-            rng,
-            die_at=None if last else _point_of_death(plan, life, rng),
-            fault_rate=plan.fault_rate,
-            volume=volume,
-            volume_on_disk=bytearray(volume),
-            power_cut=rng.random() < plan.power_cuts,
+            self.random,
+            self.volume,
+            self.volume_on_disk,
+            die_at=None if last else self._death(life),
+            power_cut=self.random.random() < self.plan.power_cuts,
+            on_loss=self._on_loss,
         )
-        for name, content in disks.items():
-            SimulatedUnit(world, name, content)
-        _Life(simulation, world).live()
-        simulation.report.operations += world.operations
-        simulation.report.points += world.points
-        simulation.report.faults += world.faults
-        if world.frozen is not None:
-            simulation.report.deaths += 1
-            simulation.report.power_cuts += world.power_cut
-            simulation.boot += world.power_cut
-            disks, volume = world.frozen.disks, world.frozen.volume
-            _look_at_what_is_left(simulation, disks, volume, cut=world.power_cut)
-    return simulation.report
+        for name, disk in self.disks.items():
+            SimulatedUnit(world, name, disk)
+        return world
+
+    def _death(self, life: int) -> int | None:
+        """The point at which a life ends, if it comes so far. One in four ends early: then it is
+        recovery that is cut off."""
+        plan = self.plan
+        most = 60 if self.random.random() < 0.25 else plan.points_a_life
+        drawn = self.random.randrange(1, most)  # drawn in any case, so that the rest is the same
+        if life:
+            return drawn
+        if plan.scenario is not None or plan.death is not None:
+            return plan.death
+        return drawn
+
+    def faults(self) -> Faults:
+        """What fails in a life that is not the last."""
+        plan = self.plan
+        return Faults(
+            plan.fault_rate,
+            plan.flush_fault_rate,
+            plan.volume_fault_rate,
+            plan.lasting_rate,
+            plan.fault,
+            plan.lasting,
+        )
+
+    def _on_loss(self, disk: str, start: int, sector: bytes) -> None:
+        group, name = disk.split(".")
+        self.ledgers[group].lost(name, start, sector)
+
+    def _after(self, world: World) -> None:
+        """The daemon has died, or ended: what the next one finds must be sound before it does
+        anything."""
+        left = world.frozen
+        assert left is not None
+        died = world.frozen_at_point
+        self.report.deaths += died
+        self.report.unmounts += not died
+        self.report.power_cuts += world.power_cut
+        self.boot += world.power_cut
+        self.disks, self.volume, self.volume_on_disk = left.disks, left.volume, left.volume_on_disk
+        for ledger in self.ledgers.values():
+            ledger.under_way_is_over()
+        self._rot(world)
+        when = "after a power cut" if world.power_cut else "after a death" if died else "unmounted"
+        self._look(when, cut=world.power_cut)
+        for ledger in self.ledgers.values():
+            ledger.commanding = 0
+
+    def _rot(self, world: World) -> None:
+        """The disk under the volume damages a sector of a durable map: one of the PDM, or one copy
+        of one of the PPRM."""
+        if self.random.random() >= self.plan.rot:
+            return
+        volume = MetadataVolume(SimulatedMedium(self._to_look_at()), f"boot {self.boot}")
+        if not volume.record.groups:
+            return
+        slot = self.random.choice(volume.record.groups).durable
+        start = slot.offset + self.random.randrange(3) * (slot.length // 3)
+        for view in (self.volume, self.volume_on_disk):
+            view[start : start + SECTOR] = bytes(reversed(range(256))) * 2
+        self.report.rotten += 1
+
+    def _expected(self) -> set[Fault]:
+        """What `clonefs check` may find: a commit that was cut off leaves half a record."""
+        expected = {Fault.RECORD_SLOT}
+        if self.plan.rot:
+            expected |= {Fault.DELTA_SECTOR, Fault.PROTECTED_COPY, Fault.PROTECTED_SECTOR}
+        if self.plan.fault or self.plan.flush_fault_rate:
+            # After a flush that failed all may differ, and it died before the volume had that, or the
+            # volume did not take it. But what the PDM lacks was on disk when it was trimmed, and
+            # nobody has written there since.
+            expected.add(Fault.DELTA_BITS)
+        return expected
+
+    def _to_look_at(self) -> World:
+        """A world that may be changed without changing anything."""
+        return World(random.Random(0), bytearray(self.volume), bytearray(self.volume_on_disk))
+
+    def _look(self, when: str, *, cut: bool) -> None:
+        for finding in examine(SimulatedMedium(self._to_look_at()), f"boot {self.boot}"):
+            if finding.severity is Severity.WRONG and finding.fault not in self._expected():
+                raise Violation(f"{when}: {finding.where}: {finding.text}")
+        volume = MetadataVolume(SimulatedMedium(self._to_look_at()), f"boot {self.boot}")
+        for record in volume.record.groups:
+            ledger = self.ledgers[record.name]
+            group = load(volume, record).group
+            # Committed, and not yet adopted when it died.
+            ledger.observe(group, self.disks, since=ledger.commanded_at)
+            ledger.look(group, self.disks, when, cut=cut)
+        self._look_at_order()
+        if cut:  # of what was not flushed, a power cut may have left the later and not the earlier
+            self.ordered.clear()
+
+    def _look_at_order(self) -> None:
+        """Clones that were fractured together: no later write without an earlier one."""
+        if len(self.groups) < 2 or not self.ordered:
+            return
+        first, second = (self.ledgers[group] for group in self.groups)
+        states = (first.states.get("a"), second.states.get("a"))
+        if states != (CloneState.FRACTURED, CloneState.FRACTURED):
+            return
+        contents = [stamps(self.disks[disk_name(group, "a")].content) for group in self.groups]
+        for sector, earlier, later in self.ordered:
+            if contents[1][sector] == later and contents[0][sector] != earlier:
+                raise Violation(
+                    f"the clones have a later write to sector {sector}, not the earlier"
+                )
 
 
 class _Life:
     """One daemon, from its start to its death, or to the end of the run."""
 
-    def __init__(self, simulation: Simulation, world: World) -> None:
+    def __init__(self, simulation: Simulation, world: World, *, last: bool) -> None:
         self.s = simulation
         self.world = world
+        self.last = last
         self.random = simulation.random
-        self.system: StorageSystem
+        self.d: Driver
 
-    def live(self) -> None:
+    def live(self, *, work: bool) -> None:
+        _deterministic_trio(self.random.randrange(1 << 32))
         try:
-            trio.run(self._main, clock=trio.testing.MockClock(autojump_threshold=0))
+            trio.run(self._main, work, clock=trio.testing.MockClock(autojump_threshold=0))
         except BaseExceptionGroup as group:
             found: BaseException = group
             while isinstance(found, BaseExceptionGroup):
@@ -233,306 +353,209 @@ class _Life:
                 raise found from None
             # What a dying daemon still did, nobody has seen.
 
-    async def _main(self) -> None:
-        async def blocking(work: object) -> None:
+    async def _main(self, work: bool) -> None:
+        async def blocking(work: Any) -> None:
             await self.world.delay()
-            work()  # type: ignore[operator]
+            work()
             await self.world.delay()
 
         async def nothing(_group: str) -> None:
             await self.world.delay()
 
-        self.system = StorageSystem(
+        system = StorageSystem(
             Recorder(PointedVolume(self.world, self.s.boot), blocking),
             self._open,
             forget_pages=nothing,
             wall_clock=trio.current_time,
-            on_event=lambda _line: self._observe(),
+            on_event=lambda _line: self.d.observe(),
             run=2 * EXTENT,
             checkpoint=0.02,
             run_ahead=1,
         )
+        self.d = Driver(
+            self.world,
+            system,
+            self.s.ledgers,
+            self.s.clock,
+            self.s.report.counts,
+            self.s.next_stamp,
+            self.s.ordered,
+        )
         with trio.CancelScope() as self.world.scope, _must_end(A_LONG_TIME):
             async with trio.open_nursery() as nursery:
-                await self.system.start(nursery)
-                await self._set_up()
-                await self._work()
-                await self._settle()
+                await self._live(nursery, work)
                 nursery.cancel_scope.cancel()
+
+    async def _live(self, nursery: trio.Nursery, work: bool) -> None:
+        if self.s.plan.scenario is not None and not self.last:
+            self.world.faults = self.s.faults()
+        try:
+            await self.d.system.start(nursery)
+        except ClonefsError:
+            if self.last:
+                raise
+            self.world.freeze()  # the volume cannot be written: no mount
+            return
+        await self._set_up()
+        if not self.last:
+            self.world.faults = self.s.faults()
+        if work:
+            await self._work()
+        if self.last:
+            await self._settle()
+        try:
+            await self.d.system.stop()
+        except ClonefsError:
+            if self.last:
+                raise
+        if self.world.frozen is None:
+            self.world.freeze()
 
     async def _open(
         self, path: Path, *, create_size: int | None = None, size: int | None = None
     ) -> LogicalUnit:
         await self.world.delay()
-        return self.world.disks[path.name]
+        old = self.world.disks[path.name]
+        return SimulatedUnit(self.world, old.name, old.disk)
 
     async def _set_up(self) -> None:
         """Make what is not there: an earlier daemon may have died half-way through this."""
-        if GROUP not in self.system.servers:
-            await self.system.add_group(GROUP, Path("/source"), size=None, extent_size=EXTENT)
-        for name in self.s.clones:
-            if name not in self._group.clones:
-                await self.system.add_clone(GROUP, name, Path(f"/{name}"), sync=True)
-        self._observe()
-
-    @property
-    def _group(self) -> CloneGroup:
-        return self.system.servers[GROUP].group
-
-    # What the oracle learns when the state changes: the group is held and drained then.
-
-    def _observe(self) -> None:
-        if self.world.frozen is not None or GROUP not in self.system.servers:
-            return
-        assert self.s.source is not None
-        for name, was, state in _news(self.s, self._group):
-            self._changed(name, was, state)
-
-    def _changed(self, name: str, was: CloneState | None, state: CloneState) -> None:
-        content = stamps(self.world.disks[name].content)
-        raw = stamps(self.world.disks["source"].content)
-        _learn(self.s, name, was, state, content, raw, since=self.s.now)
-
-    # Hosts
+        for group in self.s.groups:
+            await self.d.add_group(group)
+            for name in self.s.clones:
+                await self.d.add_clone(group, name)
+        self.d.observe()
 
     async def _work(self) -> None:
+        if self.s.plan.scenario is not None:
+            await SCENARIOS[self.s.plan.scenario](self.d)
+            return
         async with trio.open_nursery() as nursery:
             for _ in range(self.s.plan.hosts):
                 nursery.start_soon(self._host)
-            await self._command()
+            await self._people()
+
+    # Random hosts and people
 
     async def _host(self) -> None:
         for _ in range(self.s.plan.requests):
             await trio.sleep(self.random.choice((0.0, 0.0, 0.001, 0.01)))
-            register, lu = self._choose()
+            group, name = self._choose()
             first, count = self._range()
             what = self.random.random()
             if what < 0.1:
-                await self._flush(register, lu)
+                await self.d.flush(group, name)
             elif what < 0.4:
-                await self._read(register, lu, first, count)
+                await self.d.read(group, name, first, count)
             else:
-                await self._write(register, lu, first, count)
+                await self.d.write(group, name, first, count)
 
-    def _choose(self) -> tuple[Register, HostLu]:
-        fractured = [n for n, state in self.s.states.items() if state is CloneState.FRACTURED]
+    def _choose(self) -> tuple[str, str]:
+        group = self.random.choice(self.s.groups)
+        states = self.s.ledgers[group].states
+        fractured = [name for name, state in states.items() if state is CloneState.FRACTURED]
         if fractured and self.random.random() < 0.15:
-            name = self.random.choice(fractured)
-            if name in self.s.copies:
-                return self.s.copies[name], self.system.clones[GROUP, name]
-        assert self.s.source is not None
-        return self.s.source, self.system.sources[GROUP]
+            return group, self.random.choice(fractured)
+        return group, SOURCE
 
     def _range(self) -> tuple[int, int]:
         """Sectors: often a few, often whole extents, sometimes across several."""
         sectors = self.s.size // SECTOR
-        per_extent = EXTENT // SECTOR
         if self.random.random() < 0.4:
-            first = self.random.randrange(self.s.plan.extents) * per_extent
-            count = per_extent * self.random.choice((1, 1, 2, 3))
+            first = self.random.randrange(self.s.plan.extents) * PER_EXTENT
+            count = PER_EXTENT * self.random.choice((1, 1, 2, 3))
         else:
             first = self.random.randrange(sectors)
             count = self.random.choice((1, 1, 2, 5, 9, 17))
         return first, min(count, sectors - first)
 
-    async def _read(self, register: Register, lu: HostLu, first: int, count: int) -> None:
-        self.s.report.reads += 1
-        start = self.s.tick()
-        try:
-            data = lu.read_now(first * SECTOR, count * SECTOR)
-            if data is None:
-                data = await lu.read(first * SECTOR, count * SECTOR)
-        except ClonefsError:
-            return
-        if self.world.frozen is None and self._still_a_copy(register):
-            register.check(first, stamps(data), start, self.s.tick(), "a read")
-
-    async def _flush(self, register: Register, lu: HostLu) -> None:
-        self.s.report.flushes += 1
-        start = self.s.tick()
-        try:
-            await lu.flush()
-        except ClonefsError:
-            return
-        if self.world.frozen is None:
-            register.flushed(start)
-
-    def _still_a_copy(self, register: Register) -> bool:
-        return register is self.s.source or register in self.s.copies.values()
-
-    async def _write(self, register: Register, lu: HostLu, first: int, count: int) -> None:
-        self.s.report.writes += 1
-        values = list(range(self.s.stamp + 1, self.s.stamp + 1 + count))
-        self.s.stamp += count
-        data = b"".join(stamp(value) for value in values)
-        begun = register.begin(first, values, self.s.tick())
-        entry = (register, begun)
-        self.s.under_way.append(entry)
-        try:
-            if not lu.write_now(first * SECTOR, data):
-                await lu.write(first * SECTOR, data)
-        except ClonefsError:
-            if self.world.frozen is None:
-                self.s.under_way.remove(entry)
-                register.give_up(begun, self.s.tick())
-            return
-        if self.world.frozen is None:
-            self.s.under_way.remove(entry)
-            register.end(begun, self.s.tick())
-
-    # The person
-
-    async def _command(self) -> None:
+    async def _people(self) -> None:
         for _ in range(self.s.plan.commands):
             await trio.sleep(self.random.choice((0.0, 0.002, 0.02, 0.05)))
-            name = self.random.choice(self.s.clones)
-            self.s.commanded_at = self.s.tick()
-            try:
-                await self._one_command(name)
-            except ClonefsError:
-                self.s.report.refused += 1
+            await self._one_command(
+                self.random.choice(self.s.groups), self.random.choice(self.s.clones)
+            )
 
-    async def _one_command(self, name: str) -> None:
-        clone = self._group.clones[name]
-        match self.random.choice(
-            ("sync", "sync", "fracture", "fracture", "restore", "restore", "rate", "force", "two")
-        ):
+    async def _one_command(self, group: str, name: str) -> None:
+        chance = self.random.random()
+        match self.random.choice(_COMMANDS):
             case "sync":
-                await self.system.sync(GROUP, name, then_fracture=self.random.random() < 0.3)
+                await self.d.sync(group, name, then_fracture=chance < 0.3)
             case "fracture":
-                await self.system.fracture([(GROUP, name)])
-                self.s.report.fractures += 1
-            case "two":
-                await self.system.fracture([(GROUP, each) for each in self.s.clones[:2]])
-                self.s.report.fractures += 1
+                await self.d.fracture((group, name))
+            case "several":
+                others = [(each, other) for each in self.s.groups for other in self.s.clones[:2]]
+                await self.d.fracture(*others)
             case "force":
-                if self.random.random() < 0.3:
-                    await self.system.force_fracture(GROUP, name)
+                if chance < 0.3:
+                    await self.d.fracture((group, name), force=True)
             case "rate":
                 rate = self.random.choice((None, 100 << 10, 1 << 20, 16 << 20))
-                await self.system.set_rate(GROUP, name, rate)
+                await self.d.rate(group, name, rate)
             case "restore":
-                begun = self._begin_again(name) if clone.state is CloneState.RESTORING else None
-                await self.system.protected_restore(GROUP, name)
-                self.s.report.restores += 1
-                if begun is not None and self.world.frozen is None:
-                    assert self.s.source is not None
-                    self.s.source.end(begun, self.s.tick())
-                    self.s.under_way.remove((self.s.source, begun))
-
-    def _begin_again(self, name: str) -> list[tuple[int, Write]]:
-        """No state changes when a restore begins again, so it takes effect while the command runs,
-        like a write of the clone's content to all of the Source."""
-        assert self.s.source is not None
-        content = stamps(self.world.disks[name].content)
-        begun = self.s.source.begin(0, content, self.s.tick())
-        self.s.under_way.append((self.s.source, begun))
-        return begun
+                await self.d.restore(group, name)
+            case "reverse":
+                await self.d.restore(group, name, reverse=True)
+            case "configure":
+                if chance < 0.3:
+                    await self.d.remove_clone(group, name)
+                await self.d.add_clone(group, name, sync=chance < 0.8)
 
     # The end
 
     async def _settle(self) -> None:
         """Let everything that copies end, then look."""
-        self.world.fault_rate = 0.0
-        for name in self.s.clones:
-            await self.system.set_rate(GROUP, name, None)
-        while any(
-            clone.state in (CloneState.SYNCHRONIZING, CloneState.RESTORING)
-            for clone in self._group.clones.values()
-        ):
-            await self.system.server(GROUP).progress()
-        if self.world.frozen is None:
-            contents = {name: disk.content for name, disk in self.world.disks.items()}
-            _look(self.s, self._group, contents, "at the end")
+        for group in self.s.groups:
+            for name in self.s.clones:
+                await self.d.rate(group, name, None)
+        copying = (
+            CloneState.SYNCHRONIZING,
+            CloneState.RESTORING,
+            CloneState.REVERSE_SYNCHRONIZING,
+        )
+        for server in self.d.system.servers.values():
+            while any(clone.state in copying for clone in server.group.clones.values()):
+                await server.progress()
+        for name, server in self.d.system.servers.items():
+            self._check_alive(server.group)
+            self.s.ledgers[name].look(server.group, self.d.disks(), "at the end")
+
+    def _check_alive(self, group: CloneGroup) -> None:
+        if self.world.frozen is not None:
+            raise Violation(f"the last daemon of {group.record.name} has died")
 
 
-def _news(s: Simulation, group: CloneGroup) -> list[tuple[str, CloneState | None, CloneState]]:
-    """The clones whose state has changed: (name, before, now). What is split off at the instant of
-    a restore has the Source as it was before."""
-    news = []
-    for name, clone in group.clones.items():
-        was, s.states[name] = s.states.get(name), clone.state
-        if was is not clone.state:
-            news.append((name, was, clone.state))
-    return sorted(news, key=lambda each: each[2] is CloneState.RESTORING)
+_COMMANDS = (
+    *("sync", "sync", "fracture", "fracture", "restore", "restore"),
+    *("reverse", "rate", "force", "several", "configure"),
+)
 
 
-def _learn(
-    s: Simulation,
-    name: str,
-    was: CloneState | None,
-    state: CloneState,
-    content: list[int],
-    raw: list[int],
-    *,
-    since: int,
-) -> None:
-    """A clone has changed its state: what follows for what may be read."""
-    assert s.source is not None
-    now = s.tick()
-    if state is CloneState.FRACTURED and was is not CloneState.RESTORING:
-        s.source.check(0, content, since, now, f"the point in time of {name}")
-        s.copies[name] = Register(name, content, now)
-    elif state is CloneState.RESTORING:
-        mirrored = [other for other, its in s.states.items() if its in MIRRORED]
-        if mirrored:
-            raise Violation(f"{mirrored} were not split off when a restore from {name} began")
-        s.copies[name].flushed(now)  # it is what the Source shows from now on
-        s.source.all_at_once(content, now, s.tick())
-    elif state is CloneState.REVERSE_OUT_OF_SYNC and was is CloneState.RESTORING:
-        s.source.all_at_once(raw, now, now)  # part old, part clone: whatever lies there
-    elif state in MIRRORED or state is CloneState.OUT_OF_SYNC:
-        s.copies.pop(name, None)
+def random_plan(seed: int) -> Plan:
+    """A plan of its own for each seed: one in four without faults, the others with faults of disks,
+    of flushes and the volume, or of everything, with rot. Most have many short lives, some have few
+    long ones."""
+    plain = Plan(seed, groups=1 + seed // 4 % 2, clones=1 + seed // 8 % 3)
+    if seed // 24 % 4:
+        plain = replace(plain, lives=5, points_a_life=500, requests=12, commands=10)
+    match seed % 4:
+        case 0:
+            return plain
+        case 1:
+            return replace(plain, fault_rate=0.02)
+        case 2:
+            return replace(plain, flush_fault_rate=0.02, volume_fault_rate=0.002)
+        case _:
+            return replace(
+                plain,
+                fault_rate=0.005,
+                flush_fault_rate=0.005,
+                volume_fault_rate=0.001,
+                lasting_rate=0.2,
+                rot=0.3,
+            )
 
 
-def _look_at_what_is_left(
-    s: Simulation, disks: dict[str, bytearray], volume: bytearray, *, cut: bool
-) -> None:
-    """The daemon has died: what the next one finds must be sound before it does anything."""
-    for register, begun in s.under_way:
-        register.give_up(begun, s.tick())
-    s.under_way.clear()
-    world = World(random.Random(0), volume=bytearray(volume), volume_on_disk=bytearray(volume))
-    opened = MetadataVolume(SimulatedMedium(world), f"boot {s.boot}")
-    groups = [load(opened, record).group for record in opened.record.groups]
-    if not groups or s.source is None:
-        return
-    group = groups[0]
-    raw = stamps(disks["source"])
-    for name, was, state in _news(s, group):  # committed, and not yet adopted when it died
-        _learn(s, name, was, state, stamps(disks[name]), raw, since=s.commanded_at)
-    _look(s, group, disks, "after a power cut" if cut else "after a death", cut=cut)
-
-
-def _look(
-    s: Simulation,
-    group: CloneGroup,
-    disks: dict[str, bytearray],
-    when: str,
-    *,
-    cut: bool = False,
-) -> None:
-    """Check disks and maps as they lie there."""
-    assert s.source is not None
-    now = s.tick()
-    for extent in range(group.geometry.extents):
-        offset, length = group.geometry.bytes_of(extent, extent + 1)
-        pending = group.is_pending(extent)
-        assert not pending or group.restoring is not None
-        shown = group.restoring.name if pending and group.restoring else "source"
-        values = stamps(disks[shown][offset : offset + length])
-        what = f"{when}, the Source as hosts see it"
-        if cut:
-            s.source.after_a_power_cut(offset // SECTOR, values, what)
-        else:
-            s.source.check(offset // SECTOR, values, now, now, what)
-        for name, clone in group.clones.items():
-            marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
-            part = slice(offset, offset + length)
-            if not marked and disks[name][part] != disks["source"][part]:
-                raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
-    for name, register in s.copies.items():
-        if cut:
-            register.after_a_power_cut(0, stamps(disks[name]), f"{when}, the clone {name}")
-        else:
-            register.check(0, stamps(disks[name]), now, now, f"{when}, the clone {name}")
+def run_simulation(plan: Plan) -> Report:
+    """Run `plan`. Raises Violation with what went wrong; the plan replays it."""
+    return Simulation(plan).run()

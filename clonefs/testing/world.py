@@ -1,22 +1,33 @@
-"""A simulated machine: disks, a volume's pages, time, and the instant at which the daemon dies.
+"""A simulated machine: disks, a volume's pages, time, faults, and the instant at which the daemon
+dies.
 
 Whatever could be the last thing that the daemon did is a *point*: every I/O, before and after it,
 and every change of a live map. At the point with the chosen number the machine is frozen: what the
 page cache has at that instant is what the next daemon finds. What the dying one still does after
 that (its tasks are being cancelled) happens to a world that nobody will look at.
+
+A disk has what its page cache shows, what is on stable storage, and what each sector has been in
+between. That outlives a daemon, until the power goes.
 """
 
+import errno
+import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
-from clonefs.errors import DeviceError
+from clonefs.errors import DeviceError, failed
 from clonefs.extents import SECTOR
-from clonefs.units import Buffer, LogicalUnit
+from clonefs.units import Buffer, FlushFailure, LogicalUnit
 
-EIO = 5
 PAGE = 4096
+VOLUME = "volume"
+
+# Told of a sector of a disk that a failed flush has lost: the disk, the byte, and what is there now
+# on stable storage.
+OnLoss = Callable[[str, int, bytes], None]
 
 
 @dataclass(slots=True)
@@ -28,141 +39,218 @@ class WriteUnderWay:
 
 
 @dataclass(slots=True)
-class Frozen:
-    """What is left when the daemon has died: the bytes of each disk, and of the volume."""
+class Disk:
+    """The sectors of a disk. `unflushed`: what each sector (its first byte) has been since it was
+    flushed, oldest first. `lost`: sectors that a failed flush has dropped, and the page cache not."""
 
-    disks: dict[str, bytearray]
+    content: bytearray
+    on_disk: bytearray
+    unflushed: dict[int, list[bytes]] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, content: bytearray) -> "Disk":
+        """A disk with `content`, all of it on stable storage."""
+        return cls(content, bytearray(content))
+
+    def put(self, start: int, sector: bytes) -> None:
+        """Write a sector."""
+        self.content[start : start + SECTOR] = sector
+        self.unflushed.setdefault(start, []).append(sector)
+        self.lost.discard(start)
+
+    def copy(self) -> "Disk":
+        """The same, to be changed by somebody else."""
+        unflushed = {start: list(versions) for start, versions in self.unflushed.items()}
+        return Disk(bytearray(self.content), bytearray(self.on_disk), unflushed, set(self.lost))
+
+    def cut(self, rng: random.Random) -> None:
+        """The power goes: each sector is as it was on disk, or as it has been at any time since."""
+        for start, versions in self.unflushed.items():
+            self.on_disk[start : start + SECTOR] = rng.choice(
+                [bytes(self.on_disk[start : start + SECTOR]), *versions]
+            )
+        self.content[:] = self.on_disk
+        self.unflushed.clear()
+        self.lost.clear()
+
+
+@dataclass(slots=True)
+class Frozen:
+    """What is left when the daemon has died, or has ended: the disks, and the volume."""
+
+    disks: dict[str, Disk]
     volume: bytearray
+    volume_on_disk: bytearray
+
+
+@dataclass(slots=True)
+class Faults:
+    """What fails. `rate`: of reads and writes of disks; `flush_rate`: of flushes; `volume_rate`: of
+    durable writes to the volume. `at`: the number of an I/O that fails. `lasting`: what failed at
+    that number goes on failing, for as long as the daemon lives; `lasting_rate` is the chance of
+    that for the others."""
+
+    rate: float = 0.0
+    flush_rate: float = 0.0
+    volume_rate: float = 0.0
+    lasting_rate: float = 0.0
+    at: int | None = None
+    lasting: bool = False
 
 
 @dataclass(slots=True)
 class World:
-    """The machine. `die_at` is the number of the point at which the daemon dies, None for never;
-    `fault_rate` the chance of an I/O to fail."""
+    """The machine. `die_at` is the number of the point at which the daemon dies, None for never."""
 
     random: random.Random
+    volume: bytearray
+    volume_on_disk: bytearray
     die_at: int | None = None
-    fault_rate: float = 0.0
+    power_cut: bool = False
+    faults: Faults = field(default_factory=Faults)
+    on_loss: OnLoss = lambda name, start, sector: None
     points: int = 0
     operations: int = 0
-    faults: int = 0
+    failed: int = 0
     disks: dict[str, "SimulatedUnit"] = field(default_factory=dict)
-    volume: bytearray = field(default_factory=bytearray)
-    volume_on_disk: bytearray = field(default_factory=bytearray)
-    power_cut: bool = False
     frozen: Frozen | None = None
+    frozen_at_point: bool = False
     scope: trio.CancelScope | None = None
+    failing: set[tuple[str, str]] = field(default_factory=set)  # (verb, disk): for ever
 
     def point(self) -> None:
         """The daemon may have died here."""
         self.points += 1
-        if self.points == self.die_at:
-            disks = {name: disk.after_death() for name, disk in self.disks.items()}
-            self.frozen = Frozen(disks, self._volume_after_death())
+        if self.points == self.die_at and self.frozen is None:
+            self.freeze()
+            self.frozen_at_point = True
             assert self.scope is not None
             self.scope.cancel()
 
-    def _volume_after_death(self) -> bytearray:
-        """The pages of the volume; after a power cut each as it was on disk, or as it is."""
-        if not self.power_cut:
-            return bytearray(self.volume)
-        left = bytearray(self.volume_on_disk)
-        for at in range(0, len(left), PAGE):
-            if self.random.random() < 0.5:
-                left[at : at + PAGE] = self.volume[at : at + PAGE]
-        return left
+    def freeze(self) -> None:
+        """What is there at this instant is what is left."""
+        disks = {name: unit.after_death() for name, unit in self.disks.items()}
+        volume, on_disk = bytearray(self.volume), bytearray(self.volume_on_disk)
+        if self.power_cut:  # each page of the volume is as it was on disk, or as it is
+            for at in range(0, len(volume), PAGE):
+                if self.random.random() < 0.5:
+                    on_disk[at : at + PAGE] = volume[at : at + PAGE]
+            volume = bytearray(on_disk)
+        self.frozen = Frozen(disks, volume, on_disk)
 
     async def delay(self) -> None:
         """The time that an I/O takes, in which others run."""
         await trio.sleep(self.random.choice((0.0, 0.0, 0.0001, 0.001, 0.004)))
 
-    def maybe_fail(self, verb: str, name: str) -> None:
-        """An I/O error, once in a while."""
-        if self.fault_rate and self.random.random() < self.fault_rate:
-            self.faults += 1
-            raise DeviceError(EIO, f"cannot {verb} {name}: a simulated error", name)
+    def begins(self, verb: str, name: str) -> bool:
+        """An I/O begins. Returns whether it will fail."""
+        self.operations += 1
+        self.point()
+        if (verb, name) in self.failing:
+            return True
+        faults = self.faults
+        rate = faults.flush_rate if verb == "flush" else faults.rate
+        rate = faults.volume_rate if name == VOLUME else rate
+        by_number = self.operations == faults.at
+        if not (by_number or (rate and self.random.random() < rate)):
+            return False
+        self.failed += 1
+        lasts = faults.lasting if by_number else self.random.random() < faults.lasting_rate
+        if lasts:
+            self.failing.add((verb, name))
+        return True
+
+    def mend(self) -> None:
+        """Nothing fails any more."""
+        self.faults = Faults()
+        self.failing.clear()
+
+    def error(self, verb: str, name: str) -> DeviceError:
+        """What a failed I/O raises."""
+        codes = (errno.EIO, errno.ENOSPC) if verb == "write" else (errno.EIO,)
+        code = self.random.choice(codes)
+        return DeviceError(code, f"cannot {verb} {name}: a simulated {os.strerror(code)}", name)
 
 
 class SimulatedUnit:
     """A disk in `world`. Sectors are written whole; a write of several may be seen in part."""
 
-    def __init__(self, world: World, name: str, content: bytearray) -> None:
+    def __init__(self, world: World, name: str, disk: Disk) -> None:
         self.world = world
         self.name = name
-        self.size = len(content)
-        self.content = content
+        self.disk = disk
+        self.size = len(disk.content)
         self.sparse = True
-        # What is on stable storage, and what each sector has been since, oldest first.
-        self._on_disk = bytearray(content)
-        self._unflushed: dict[int, list[bytes]] = {}
         self._under_way: list[WriteUnderWay] = []
+        self._flushing = trio.Lock()
+        self._flush_failure = FlushFailure(name)
         world.disks[name] = self
 
-    def after_death(self) -> bytearray:
-        """The content, with any part of what was under way. After a power cut each sector that was
-        not flushed is as it was on disk, or as it has been at any time since."""
-        content = bytearray(self.content)
-        if self.world.power_cut:
-            content = bytearray(self._on_disk)
-            for start, versions in self._unflushed.items():
-                chosen = self.world.random.choice([content[start : start + SECTOR], *versions])
-                content[start : start + SECTOR] = chosen
+    @property
+    def content(self) -> bytearray:
+        """What the page cache has."""
+        return self.disk.content
+
+    def after_death(self) -> Disk:
+        """The disk, with any part of what was under way."""
+        disk = self.disk.copy()
+        rng = self.world.random
         for write in self._under_way:
             for at in range(0, len(write.data), SECTOR):
-                if self.world.random.random() < 0.5:
-                    start = write.offset + at
-                    content[start : start + SECTOR] = write.data[at : at + SECTOR]
-        return content
+                if rng.random() < 0.5:
+                    disk.put(write.offset + at, write.data[at : at + SECTOR])
+        if self.world.power_cut:
+            disk.cut(rng)
+        return disk
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
-        self.world.operations += 1
-        self.world.point()
+        fails = self.world.begins("read", self.name)
         if self.world.random.random() < 0.5:
             return None
-        self.world.maybe_fail("read", self.name)
+        if fails:
+            raise self.world.error("read", self.name)
         return bytes(self.content[offset : offset + length])
 
     async def read(self, offset: int, length: int) -> Buffer:
-        self.world.operations += 1
-        self.world.point()
+        fails = self.world.begins("read", self.name)
         await self.world.delay()
-        self.world.maybe_fail("read", self.name)
+        if fails:
+            raise self.world.error("read", self.name)
         data = bytes(self.content[offset : offset + length])
         await self.world.delay()
         return data
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        self.world.operations += 1
-        self.world.point()
+        fails = self.world.begins("write", self.name)
         if self.world.random.random() < 0.5:
             return False
-        self.world.maybe_fail("write", self.name)
+        if fails:
+            raise self.world.error("write", self.name)
         for at in range(0, len(data), SECTOR):
-            self._put(offset + at, bytes(data[at : at + SECTOR]))
+            self.disk.put(offset + at, bytes(data[at : at + SECTOR]))
         self.world.point()
         return True
 
-    def _put(self, start: int, sector: bytes) -> None:
-        self.content[start : start + SECTOR] = sector
-        self._unflushed.setdefault(start, []).append(sector)
-
     async def write(self, offset: int, data: Buffer) -> None:
-        self.world.operations += 1
-        self.world.point()
+        fails = self.world.begins("write", self.name)
+        rng = self.world.random
         write = WriteUnderWay(offset, bytes(data))
         self._under_way.append(write)
         try:
             await self.world.delay()
             sectors = list(range(0, len(write.data), SECTOR))
-            if self.world.random.random() < 0.3:
-                self.world.random.shuffle(sectors)
-            pause = self.world.random.choice(sectors) if len(sectors) > 1 else None
-            for at in sectors:
-                if at == pause:
-                    await self.world.delay()
-                    self.world.maybe_fail("write", self.name)
-                self._put(offset + at, write.data[at : at + SECTOR])
-            self.world.maybe_fail("write", self.name)
+            if rng.random() < 0.3:
+                rng.shuffle(sectors)
+            # There it pauses, or fails; a failure may also come after the last one.
+            pause = rng.randrange(len(sectors) + 1)
+            for at in sectors[:pause]:
+                self.disk.put(offset + at, write.data[at : at + SECTOR])
+            await self.world.delay()
+            if fails:
+                raise self.world.error("write", self.name)
+            for at in sectors[pause:]:
+                self.disk.put(offset + at, write.data[at : at + SECTOR])
             await self.world.delay()
         finally:
             self._under_way.remove(write)
@@ -176,21 +264,33 @@ class SimulatedUnit:
                 await self.write(start, await origin.read(start, stop - start))
 
     async def flush(self) -> None:
-        self.world.operations += 1
-        self.world.point()
-        flushed = {start: len(versions) for start, versions in self._unflushed.items()}
-        await self.world.delay()
-        self.world.point()
-        for start, count in flushed.items():
-            # Another flush may have done some of it.
-            versions = self._unflushed.get(start, [])
-            if versions:
-                done = versions[: min(count, len(versions))]
-                self._on_disk[start : start + SECTOR] = done[-1]
-                del versions[: len(done)]
-                if not versions:
-                    del self._unflushed[start]
-        self.world.point()
+        async with self._flushing:
+            self._flush_failure.check()
+            fails = self.world.begins("flush", self.name)
+            counts = {start: len(versions) for start, versions in self.disk.unflushed.items()}
+            await self.world.delay()
+            self.world.point()
+            for start, count in counts.items():
+                self._flushed(start, count, lost=fails and self.world.random.random() < 0.5)
+            self.world.point()
+            if fails:
+                raise self._flush_failure.remember("a simulated error")
+
+    def _flushed(self, start: int, count: int, *, lost: bool) -> None:
+        """The first `count` versions of a sector are flushed: the last of them is on disk, or lost
+        for good, though the page cache shows it."""
+        disk = self.disk
+        versions = disk.unflushed[start]
+        if not lost:
+            disk.on_disk[start : start + SECTOR] = versions[count - 1]
+        del versions[:count]
+        if versions:
+            return
+        del disk.unflushed[start]
+        if lost:
+            disk.lost.add(start)
+            if self.world.frozen is None:
+                self.world.on_loss(self.name, start, bytes(disk.on_disk[start : start + SECTOR]))
 
     async def data_from(self, offset: int) -> int:
         await self.world.delay()
@@ -209,7 +309,7 @@ class SimulatedUnit:
 class SimulatedMedium:
     """The pages of a metadata volume in `world`."""
 
-    name = "a simulated volume"
+    name = VOLUME
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -217,16 +317,21 @@ class SimulatedMedium:
         self.view = memoryview(world.volume)
 
     def write_durably(self, offset: int, data: bytes) -> None:
-        self._world.operations += 1
-        self._world.point()
-        middle = self._world.random.randrange(0, len(data), SECTOR) if len(data) > SECTOR else 0
+        world = self._world
+        fails = world.begins("write", VOLUME)
+        middle = world.random.randrange(0, len(data), SECTOR) if len(data) > SECTOR else 0
         for start, stop in ((0, middle), (middle, len(data))):
             self.view[offset + start : offset + stop] = data[start:stop]
-            self._world.volume_on_disk[offset + start : offset + stop] = data[start:stop]
-            self._world.point()
+            # The page cache has what could not be written, and so may the disk.
+            if not fails or world.random.random() < 0.5:
+                world.volume_on_disk[offset + start : offset + stop] = data[start:stop]
+            world.point()
+        if fails:
+            raise failed("writing to the volume failed: a simulated error")
 
     def flush(self) -> None:
-        self._world.point()
+        if self._world.begins("flush", VOLUME):
+            raise failed("flushing the volume failed: a simulated error")
         self._world.volume_on_disk[:] = self._world.volume
 
     def close(self) -> None:

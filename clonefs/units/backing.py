@@ -19,6 +19,7 @@ import trio
 
 from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing
 from clonefs.extents import SECTOR, format_size
+from clonefs.units.flushing import FlushFailure
 from clonefs.units.protocol import Buffer, LogicalUnit
 
 THREADS = 8
@@ -44,7 +45,7 @@ class BackingUnit:
         self._nowait_reads = True
         self._inline = InlineWrites()
         self._flushing = threading.Lock()
-        self._flush_failed: DeviceError | None = None
+        self._flush_failure = FlushFailure(name)
         self.sparse = not is_device
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
@@ -186,18 +187,11 @@ class BackingUnit:
     def _flush(self) -> None:
         # The kernel tells an error to one of those who flush at the same time: one at a time.
         with self._flushing:
-            if self._flush_failed is not None:
-                raise self._flush_failed
+            self._flush_failure.check()
             try:
                 os.fdatasync(self.fd)
             except OSError as error:
-                self._flush_failed = DeviceError(
-                    errno.EIO,
-                    f"flushing {self.name} failed ({error.strerror}): what was written to it since "
-                    f"the last flush may be lost; look at the device, then unmount and mount again",
-                    self.name,
-                )
-                raise self._flush_failed from error
+                raise self._flush_failure.remember(str(error.strerror)) from error
 
     async def data_from(self, offset: int) -> int:
         return await trio.to_thread.run_sync(self._seek_data, offset, limiter=self._threads)

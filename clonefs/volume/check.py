@@ -250,7 +250,8 @@ def _names(record: Record) -> Iterator[Finding]:
         for name in _twice(clone.name for clone in group.clones):
             where = f"{group.name}/{name}"
             yield _wrong(Fault.STRUCTURE, where, "there are two clones of this name")
-        restoring = [c.name for c in group.clones if c.state is CloneState.RESTORING]
+        restores = (CloneState.RESTORING, CloneState.REVERSE_SYNCHRONIZING)
+        restoring = [c.name for c in group.clones if c.state in restores]
         if len(restoring) > 1:
             text = f"restores from {' and '.join(restoring)} are running, and there can be one only"
             yield _wrong(Fault.STRUCTURE, group.name, text)

@@ -119,7 +119,8 @@ class DurableMap:
     """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`.
 
     `epoch` is the number of the restore that the bits belong to; 0 where that does not matter.
-    `damaged` are the sectors of which no copy could be read.
+    `damaged` are the sectors of which no copy could be read; `newest_epoch` is the highest number
+    that was found: one above the record's means that the record which began that restore is lost.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class DurableMap:
         self.unwritten: set[int] = set()
         self.writing: set[int] = set()
         self.damaged: list[int] = []
+        self.newest_epoch = epoch  # that any sector has
         self._uuid = uuid
         self._offsets = offsets
         self._generations = [0] * self.sectors
@@ -159,6 +161,7 @@ class DurableMap:
             if any(each != newest for each in found):
                 self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
             self._generations[sector] = newest.generation
+            self.newest_epoch = max(self.newest_epoch, newest.epoch)
             if newest.epoch == self.epoch:
                 bits = bitarray(endian="little")
                 bits.frombytes(newest.payload)

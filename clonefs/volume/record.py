@@ -18,6 +18,7 @@ class CloneState(StrEnum):
     FRACTURED = "fractured"
     OUT_OF_SYNC = "out-of-sync"
     RESTORING = "restoring"
+    REVERSE_SYNCHRONIZING = "reverse-synchronizing"
     REVERSE_OUT_OF_SYNC = "reverse-out-of-sync"
 
 

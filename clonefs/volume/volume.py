@@ -35,16 +35,19 @@ class MetadataVolume:
     """A volume on `medium`, of which nobody else may be writing.
 
     `trusted`: the live maps are what the daemon before left, bit for bit. It closed the volume, or
-    it died while this boot of the machine went on (`boot_id`). Raises ClonefsError.
+    it died while this boot of the machine went on (`boot_id`). `damage`: what is wrong with the other
+    record, a sentence each. Raises ClonefsError.
     """
 
     def __init__(self, medium: Medium, boot_id: str) -> None:
         self._medium = medium
         self._maps: dict[MapSlot, ExtentMap] = {}
         self._broken: ClonefsError | None = None
+        # A record that could not be written, nor spoiled: a crash may bring what it says into effect.
+        self.uncertain = False
         self.name = medium.name
         self.superblock = _read_superblock(medium)
-        self.generation, self.record = _newest_record(medium, self.superblock)
+        self.generation, self.record, self.damage = _newest_record(medium, self.superblock)
         layout.check_slots(self.superblock, list(self.record.slots()))
         for group in self.record.groups:
             _check_lengths(group)
@@ -117,9 +120,11 @@ class MetadataVolume:
 
     def _spoil(self, generation: int) -> None:
         """The record that could not be written must not be found later: what it says has not
-        happened. If this fails too, only refusing whatever changes a map keeps the promise."""
-        with contextlib.suppress(ClonefsError):
+        happened. If this fails too, only refusing every host write keeps the promise."""
+        try:
             self._medium.write_durably(self.superblock.record_slot(generation), bytes(PAGE))
+        except ClonefsError:
+            self.uncertain = True
 
     @property
     def broken(self) -> ClonefsError | None:
@@ -203,7 +208,7 @@ def _check_lengths(group: GroupRecord) -> None:
         )
 
 
-def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]:
+def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record, list[str]]:
     found: list[tuple[int, Record]] = []
     reasons = []
     for number, letter in ((0, "A"), (1, "B")):
@@ -220,7 +225,8 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record]
             )
     if not found:
         raise failed(f"{medium.name} is damaged, or newer than this clonefs: {'; '.join(reasons)}")
-    return max(found, key=lambda pair: pair[0])
+    generation, record = max(found, key=lambda pair: pair[0])
+    return generation, record, reasons
 
 
 def format_medium(medium: Medium, uuid: bytes) -> None:
