@@ -3,9 +3,15 @@
 A run that fails names its seed: `run_simulation(Plan(seed=...))` replays it.
 """
 
+import errno
+import sys
+
 import pytest
 
+from clonefs.engines import StorageSystem
+from clonefs.errors import ClonefsError
 from clonefs.testing import Plan, run_simulation, sweep
+from clonefs.volume import MapSlot, MetadataVolume
 
 
 def seeds(config: pytest.Config) -> int:
@@ -43,6 +49,26 @@ def test_a_death_at_every_point(power_cuts: float, pytestconfig: pytest.Config) 
             error.add_note(f"of a sweep of {plan}")
             raise
         assert deaths > (500 if long else 20)
+
+
+def test_restores_that_begin_again_on_a_full_volume(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    """There is no slot for another Protected Restore Map, so that it is emptied in its place."""
+    original, refused = MetadataVolume.new_map_slot, []
+
+    def full_when_restarted(
+        self: MetadataVolume, extents: int, *, beside: tuple[MapSlot, ...] = ()
+    ) -> MapSlot:
+        if sys._getframe(1).f_code is StorageSystem._empty_protected.__code__:
+            refused.append(extents)
+            raise ClonefsError(errno.ENOSPC, "the metadata volume is full")
+        return original(self, extents, beside=beside)
+
+    monkeypatch.setattr(MetadataVolume, "new_map_slot", full_when_restarted)
+    for seed in range(seeds(pytestconfig)):
+        run_simulation(Plan(seed, clones=1 + seed % 3, fault_rate=0.02 * (seed % 2)))
+    assert len(refused) > seeds(pytestconfig) / 10
 
 
 def test_a_seed_replays_its_run() -> None:

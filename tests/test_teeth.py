@@ -23,7 +23,7 @@ from clonefs.testing import Plan, Violation, run_simulation
 from clonefs.units import Buffer
 from clonefs.volume import DurableMap, GroupRecord, MetadataVolume
 
-SEEDS = 400
+SEEDS = 800
 
 Most = Callable[[int], int]
 Patch = pytest.MonkeyPatch

@@ -30,6 +30,12 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
         group.protected.clear_all()
         if group.restoring is not None:
             group.protected.fill_from(protected.bits)
+    elif volume.record.doubtful:
+        _add_durable(group, delta, protected)
+    if record.void:
+        group.protected.clear_all()
+        group.adopt(transitions.protected_emptied(record))
+        record = group.record
     counts = {name: clone.delta.count for name, clone in group.clones.items()}
     if volume.trusted:
         group.adopt(transitions.recovered(record, counts))
@@ -44,6 +50,17 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     return Loaded(group, delta, protected)
 
 
+def _add_durable(group: CloneGroup, delta: DurableMap, protected: DurableMap) -> None:
+    """Live maps that may have lost stores get what is on stable storage: more can only be copied."""
+    extents = group.geometry.extents
+    for first, stop in runs(delta.bits[:extents]):
+        for clone in group.clones.values():
+            clone.delta.mark(first, stop)
+    if group.restoring is not None:
+        for first, stop in runs(protected.bits[:extents]):
+            group.protected.mark(first, stop)
+
+
 def foretell(volume: MetadataVolume) -> list[str]:
     """What the next mount in this boot will do, in words. It is the recovery itself that says so, so
     `volume` must be on a medium that keeps stores to itself."""
@@ -56,6 +73,11 @@ def foretell(volume: MetadataVolume) -> list[str]:
 
 
 def _whence(volume: MetadataVolume) -> str:
+    if volume.trusted and volume.record.doubtful:
+        return (
+            "a write to the volume has failed: the live maps are taken with what the durable ones "
+            "have besides"
+        )
     if volume.record.clean:
         return "the volume was closed cleanly: the live maps are taken as they stand"
     if volume.trusted:

@@ -25,10 +25,11 @@ def rate_text(rate: int | None) -> str:
     return "max" if rate is None else format_size(rate)
 
 
-def table(groups: Iterable[GroupStatistics]) -> str:
-    """One aligned table for people. A line for each Source and each clone, errors below."""
+def table(groups: Iterable[GroupStatistics], error: str | None = None) -> str:
+    """One aligned table for people. A line for each Source and each clone, errors below, that of the
+    metadata volume first."""
     rows: list[tuple[str, ...]] = [_HEAD]
-    errors = []
+    errors = [error] if error else []
     for group in groups:
         rows.append(_source_row(group))
         if group.error:
@@ -73,6 +74,7 @@ def status_json(volume: MetadataVolume, groups: Iterable[GroupStatistics]) -> st
             "uuid": volume.uuid,
             "size": volume.superblock.size,
             "used": volume.used,
+            "error": volume.broken and volume.broken.reason,
         },
         "daemon": {"pid": os.getpid()},
         "groups": {group.name: _group_json(group) for group in groups},

@@ -216,6 +216,9 @@ class SimulatedMedium:
         self.size = len(world.volume)
         self.view = memoryview(world.volume)
 
+    def keep(self, offset: int, length: int) -> None:
+        pass  # all of it is in memory
+
     def write_durably(self, offset: int, data: bytes) -> None:
         self._world.operations += 1
         self._world.point()
