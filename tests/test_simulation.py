@@ -3,11 +3,16 @@
 A run that fails names its plan; docs/testing.md says how to replay it.
 """
 
+import errno
+import sys
 from collections import Counter
 
 import pytest
 
+from clonefs.engines import StorageSystem
+from clonefs.errors import ClonefsError
 from clonefs.testing import SCENARIOS, Blow, Simulation, plan_of, random_plan, run_simulation
+from clonefs.volume import MapSlot, MetadataVolume
 
 
 def run_it(simulation: Simulation) -> Counter[str]:
@@ -57,6 +62,27 @@ def test_a_blow_at_every_point(scenario: str, blow: Blow, pytestconfig: pytest.C
             break
         runs += 1
     assert runs * step > 100
+
+
+def test_restores_that_begin_again_on_a_full_volume(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    """There is no slot for another Protected Restore Map, so that it is emptied in its place."""
+    original, refused = MetadataVolume.new_map_slot, []
+
+    def full_when_restarted(
+        self: MetadataVolume, extents: int, *, beside: tuple[MapSlot, ...] = ()
+    ) -> MapSlot:
+        if sys._getframe(1).f_code is StorageSystem._empty_protected.__code__:
+            refused.append(extents)
+            raise ClonefsError(errno.ENOSPC, "the metadata volume is full")
+        return original(self, extents, beside=beside)
+
+    monkeypatch.setattr(MetadataVolume, "new_map_slot", full_when_restarted)
+    seeds = 2000 if pytestconfig.getoption("--long") else 60
+    for seed in range(seeds):
+        run_it(Simulation(random_plan(seed)))
+    assert len(refused) > seeds / 20
 
 
 def test_a_seed_replays_its_run() -> None:

@@ -23,7 +23,7 @@ from clonefs.testing import Simulation, Violation, random_plan
 from clonefs.units import Buffer, FlushFailure
 from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
 
-SEEDS = 400
+SEEDS = 800
 
 Most = Callable[[int], int]
 Patch = pytest.MonkeyPatch
@@ -538,7 +538,7 @@ def failed_volume_goes_on(patch: Patch) -> None:
 
 def failed_record_stays(patch: Patch) -> None:
     """D10: a record that could not be written is left, for the next mount to find."""
-    patch.setattr(MetadataVolume, "_spoil", lambda self, generation: None)
+    patch.setattr(MetadataVolume, "_doubt", lambda self: True)
 
 
 def clean_though_not_flushed(patch: Patch) -> None:

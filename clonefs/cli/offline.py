@@ -190,6 +190,8 @@ def _record(record: dict[str, Any]) -> Iterator[str]:
         yield (
             f"what follows is from the damaged record in slot {record['slot']}: it may be anything"
         )
+    if record["doubtful"]:
+        yield "a write to the volume has failed: live maps are taken with what durable ones have besides"
     if record["clean"]:
         yield "closed cleanly: the live maps would be trusted now"
     elif record["live_maps_trusted"]:

@@ -28,13 +28,27 @@ class Recorder:
         self.volume = volume
         self._blocking = blocking
         self._lock = trio.Lock()
+        self.on_broken: Callable[[str], None] = lambda reason: None
+        self._told = False
+
+    def _look(self) -> None:
+        """Tell once that the volume cannot be written any more."""
+        if self.volume.broken is not None and not self._told:
+            self._told = True
+            self.on_broken(self.volume.broken.reason)
 
     async def commit(self, change: Callable[[Record], Record]) -> None:
         """Commit what `change` makes of the record. Raises ClonefsError: nothing has changed."""
         async with self._lock:
             record = change(self.volume.record)
             if record != self.volume.record:
-                await self._blocking(lambda: self.volume.commit(record))
+                await self._write(lambda: self.volume.commit(record))
+
+    async def _write(self, work: Callable[[], None]) -> None:
+        try:
+            await self._blocking(work)
+        finally:
+            self._look()
 
     def check(self) -> None:
         """Raises ClonefsError (EIO) once the metadata volume cannot be written."""
@@ -49,12 +63,12 @@ class Recorder:
             for offset, data in writes:
                 self.volume.write_durably(offset, data)
 
-        await self._blocking(write)
+        await self._write(write)
 
     async def clear_durably(self, slot: MapSlot) -> None:
         """Zeros in the place of durable maps. Raises ClonefsError."""
         self.check()
-        await self._blocking(lambda: self.volume.clear_durably(slot))
+        await self._write(lambda: self.volume.clear_durably(slot))
 
     async def close(self, *, clean: bool) -> None:
         """Close the volume; see MetadataVolume.close."""

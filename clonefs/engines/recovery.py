@@ -51,10 +51,15 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
         group.protected.clear_all()
         if group.protecting:
             group.protected.fill_from(protected.bits)
-    group.drop_protected()
+    elif volume.record.doubtful:
+        _add_durable(group, delta, protected)
     after = record
+    if record.void:
+        group.protected.clear_all()
+        after = transitions.protected_emptied(after)
+    group.drop_protected()
     if protected.newest_epoch > record.epoch:  # that number must not come again
-        after = replace(record, epoch=protected.newest_epoch + 1)
+        after = replace(after, epoch=protected.newest_epoch + 1)
         protected.begin_epoch(after.epoch)
     counts = {name: clone.delta.count for name, clone in group.clones.items()}
     if volume.trusted:
@@ -92,11 +97,27 @@ def _damage(record: GroupRecord, delta: DurableMap, protected: DurableMap) -> It
 
 def found(volume: MetadataVolume) -> str:
     """What the volume was found to be, in words."""
+    if volume.trusted and volume.record.doubtful:
+        return (
+            "a write to the volume has failed: the live maps are taken with what the durable ones "
+            "have besides"
+        )
     if volume.record.clean:
         return "the volume was closed cleanly: the live maps are taken as they stand"
     if volume.trusted:
         return "only the daemon has ended: the live maps are taken as they stand"
     return "the machine went down: the live maps are filled from the durable ones"
+
+
+def _add_durable(group: CloneGroup, delta: DurableMap, protected: DurableMap) -> None:
+    """Live maps that may have lost stores get what is on stable storage: more can only be copied."""
+    extents = group.geometry.extents
+    for first, stop in runs(delta.bits[:extents]):
+        for clone in group.clones.values():
+            clone.delta.mark(first, stop)
+    if group.protecting:
+        for first, stop in runs(protected.bits[:extents]):
+            group.protected.mark(first, stop)
 
 
 def foretell(volume: MetadataVolume) -> list[str]:

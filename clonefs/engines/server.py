@@ -15,9 +15,9 @@ import trio
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.engines.recorder import Change, Recorder
-from clonefs.errors import ClonefsError
+from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import MIRRORED, Clone, CloneGroup, transitions
-from clonefs.units import LogicalUnit
+from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState, GroupRecord
 
 OnChange = Callable[[GroupRecord, GroupRecord], None]
@@ -45,6 +45,7 @@ class GroupServer:
         wall_clock: Callable[[], float],
         on_change: OnChange,
         durability: Durability,
+        on_event: Callable[[str], None],
     ) -> None:
         self.group = group
         self.source = source
@@ -56,6 +57,11 @@ class GroupServer:
         self.flushing = trio.Lock()
         self.counts = CopyCounts()
         self.faults: dict[str, str] = {}
+        # By the names of units, since the mount or the last whole copy: what hosts have been told of
+        # them last; and flushes that have failed, which are never believed again (D10).
+        self.failures: dict[str, str] = {}
+        self.unflushed: dict[str, str] = {}
+        self._on_event = on_event
         self._wall_clock = wall_clock
         self.durability = durability
         self._on_change = on_change
@@ -159,7 +165,8 @@ class GroupServer:
     async def _flush_source_unit(self) -> None:
         try:
             await self.source.flush()
-        except ClonefsError:
+        except ClonefsError as error:
+            self._flush_failed(self.source, error)
             self.group.distrust(None)
             await self._distrust_durably()
             await self.no_longer_equal()
@@ -186,6 +193,7 @@ class GroupServer:
         try:
             await self.units[name].flush()
         except ClonefsError as error:
+            self._flush_failed(self.units[name], error)
             if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
                 await self._fail_reverse_sync(name, error)
                 raise
@@ -204,6 +212,32 @@ class GroupServer:
         with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
             await self.change(change)
 
+    def _flush_failed(self, unit: LogicalUnit, error: ClonefsError) -> None:
+        if unit.name not in self.unflushed and not isinstance(unit, MissingUnit):
+            self.unflushed[unit.name] = error.reason
+            log.error("%s: %s", self._lu_of(unit.name), error.reason)
+            self._on_event(f"{self._lu_of(unit.name)}: {error.reason}")
+
+    def device_failed(self, error: DeviceError) -> None:
+        """A host request has failed. The first one of a unit is an event."""
+        unit = self.source if error.unit == self.source.name else None
+        if unit is None:
+            unit = next((each for each in self.units.values() if each.name == error.unit), None)
+        if unit is None or isinstance(unit, MissingUnit) or unit.name in self.unflushed:
+            return
+        if unit.name not in self.failures:
+            self._on_event(f"{self._lu_of(unit.name)}: {error.reason}")
+        self.failures[unit.name] = error.reason
+
+    def forget(self, unit: LogicalUnit) -> None:
+        """The unit is no longer one of this group."""
+        self.failures.pop(unit.name, None)
+        self.unflushed.pop(unit.name, None)
+
+    def _lu_of(self, unit: str) -> str:
+        name = next((name for name, each in self.units.items() if each.name == unit), "source")
+        return f"{self.name}/{name}"
+
     def fault(self, name: str, reason: str) -> None:
         """Something that stops the running copy of a clone; it goes on to be tried."""
         if self.faults.get(name) != reason:
@@ -213,3 +247,9 @@ class GroupServer:
     def mended(self, name: str) -> None:
         """The copy of the clone goes on without faults."""
         self.faults.pop(name, None)
+
+    def copied(self, name: str) -> None:
+        """The copy of the clone is complete: what failed before has been done since."""
+        self.mended(name)
+        if name in self.units:
+            self.failures.pop(self.units[name].name, None)

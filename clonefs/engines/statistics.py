@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from clonefs.engines.server import GroupServer
 from clonefs.engines.transfers import Transfers
 from clonefs.group import Clone
-from clonefs.units import MissingUnit
-from clonefs.volume import CloneState
+from clonefs.units import LogicalUnit, MissingUnit
+from clonefs.volume import CloneState, SplitBy
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class GroupStatistics:
 def statistics(server: GroupServer, transfers: Transfers) -> GroupStatistics:
     """The group of `server` as it is now."""
     group = server.group
-    missing = server.source if isinstance(server.source, MissingUnit) else None
+    fault = _fault(server, server.source)
     return GroupStatistics(
         name=server.name,
-        state="normal" if missing is None else "faulted",
-        error=None if missing is None else missing.reason,
+        state="normal" if fault is None else "faulted",
+        error=fault or server.failures.get(server.source.name),
         backing=group.record.backing,
         size=group.geometry.size,
         extent_size=group.geometry.extent_size,
@@ -73,6 +73,13 @@ def statistics(server: GroupServer, transfers: Transfers) -> GroupStatistics:
         restore=_restore(server),
         clones=tuple(_clone(server, clone, transfers) for clone in group.clones.values()),
     )
+
+
+def _fault(server: GroupServer, unit: LogicalUnit) -> str | None:
+    """Why a unit is no good before the next mount: it is missing, or could not be flushed."""
+    if isinstance(unit, MissingUnit):
+        return unit.reason
+    return server.unflushed.get(unit.name)
 
 
 def _restore(server: GroupServer) -> RestoreStatistics | None:
@@ -112,8 +119,10 @@ def _condition(server: GroupServer, clone: Clone, transfers: Transfers) -> tuple
     """The condition, and the reason for it where there is one."""
     record = clone.record
     unit = server.unit(clone)
-    if isinstance(unit, MissingUnit):
-        return "faulted", unit.reason
+    split_off = record.split_by is SplitBy.SYSTEM
+    fault = _fault(server, unit)
+    if fault is not None and (isinstance(unit, MissingUnit) or not split_off):
+        return "faulted", fault
     if clone.name in server.faults:
         return "faulted", server.faults[clone.name]
     if (server.name, clone.name) in transfers.waiting or (
@@ -121,8 +130,8 @@ def _condition(server: GroupServer, clone: Clone, transfers: Transfers) -> tuple
     ):
         return "waiting", record.reason
     if record.state in (CloneState.FRACTURED, CloneState.OUT_OF_SYNC) and record.split_by:
-        return record.split_by, record.reason
-    return "normal", record.reason
+        return record.split_by, record.reason or server.failures.get(unit.name)
+    return "normal", record.reason or server.failures.get(unit.name)
 
 
 def _done(server: GroupServer, clone: Clone) -> int:

@@ -105,11 +105,11 @@ class SyncEngine:
 
     async def _step(self, clone: Clone) -> None:
         origin = self._origin(clone)
-        for unit in (origin, self._target(clone)):
-            if isinstance(unit, MissingUnit):
-                self._server.fault(self._name, unit.reason)
-                await self._server.progress()
-                return
+        reason = self._why_not(origin, self._target(clone))
+        if reason is not None:
+            self._server.fault(self._name, reason)
+            await self._server.progress()
+            return
         await self._look_for_holes(origin)
         async with self._transfers.turn(self._server.name, self._name):
             clone_now = self._group.clones.get(self._name)
@@ -120,6 +120,14 @@ class SyncEngine:
                 await self._copy(claim, clone)
                 return
         await self._end_of_pass(clone)
+
+    def _why_not(self, *units: LogicalUnit) -> str | None:
+        """What makes copying useless until the next mount: a backing that is missing, or a Source
+        that could not be flushed, for nobody knows what of it is left (D10)."""
+        for unit in units:
+            if isinstance(unit, MissingUnit):
+                return unit.reason
+        return self._server.unflushed.get(self._server.source.name)
 
     def _origin(self, clone: Clone) -> LogicalUnit:
         if clone.state in RESTORES:
@@ -195,7 +203,7 @@ class SyncEngine:
             self._begin_pass()  # for what was passed over, or has come since
         elif self._is_done(clone):
             if await self._transfers.complete(self._server, self._name):
-                self._server.mended(self._name)
+                self._server.copied(self._name)
         else:
             await self._server.progress()
 

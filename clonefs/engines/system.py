@@ -28,7 +28,7 @@ from clonefs.engines.recovery import Loaded, Recovery, found, load
 from clonefs.engines.server import GroupServer
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
-from clonefs.errors import ClonefsError, busy, invalid, missing, taken
+from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing, taken
 from clonefs.extents import Geometry
 from clonefs.group import MIRRORED, RESTORES, CloneGroup, Command, transitions
 from clonefs.units import LogicalUnit, MissingUnit
@@ -100,8 +100,9 @@ class StorageSystem:
         group or clone faulted.
         """
         self._nursery = nursery
+        self.recorder.on_broken = self._volume_broken
         loaded = [load(self.volume, group) for group in self.volume.record.groups]
-        if not self.volume.record.clean or self.volume.damage:
+        if not self.volume.record.clean or self.volume.record.doubtful or self.volume.damage:
             done = tuple(line for each in loaded for line in each.told)
             what = "; ".join([found(self.volume), *self.volume.damage])
             self.recovery = Recovery(self._wall_clock(), what, done)
@@ -149,6 +150,7 @@ class StorageSystem:
             self._wall_clock,
             self._state_changed,
             durability,
+            self._event,
         )
         self.servers[server.name] = server
         self.sources[server.name] = SourceLu(server, CodEngine(server))
@@ -158,7 +160,7 @@ class StorageSystem:
 
     async def _checkpoints(self, server: GroupServer) -> None:
         """Trim the durable maps of a group every now and then."""
-        told = ""
+        said = ""
         with self._checkpointers.setdefault(server.name, trio.CancelScope()):
             while True:
                 await trio.sleep(self._checkpoint)
@@ -167,11 +169,11 @@ class StorageSystem:
                     continue  # what cannot be flushed stays marked
                 try:
                     await server.checkpoint()
-                    told = ""
+                    said = ""
                 except ClonefsError as error:
-                    if error.reason != told:
-                        log.error("%s: no checkpoint: %s", server.name, error.reason)
-                    told = error.reason
+                    if error.reason != said:  # a flush that failed fails each time
+                        said = error.reason
+                        log.error("%s: no checkpoint: %s", server.name, said)
 
     def _start_clone(self, server: GroupServer, name: str) -> None:
         assert self._nursery is not None
@@ -223,10 +225,16 @@ class StorageSystem:
                     await flush()
             except ClonefsError as error:
                 failures.append(error.reason)
-            try:
-                unit.close()
-            except OSError as error:
-                failures.append(f"{unit.name}: {error.strerror}")
+            unit.close()
+
+    def _volume_broken(self, reason: str) -> None:
+        log.error("%s", reason)
+        self._on_event(reason)
+
+    def device_failed(self, group: str, error: ClonefsError) -> None:
+        """A host request of the group has failed."""
+        if isinstance(error, DeviceError) and group in self.servers:
+            self.servers[group].device_failed(error)
 
     def _event(self, line: str) -> None:
         log.info("%s", line)
@@ -361,10 +369,10 @@ class StorageSystem:
         async with self._configuration, server.commands:
             self._check(server, Command.REMOVE, name)
             unit = server.units[name]
-            await self._flush(unit)
+            await self._flush_to_remove(server, name)
             async with server.held():
                 self._check(server, Command.REMOVE, name)
-                await self._flush(unit)
+                await self._flush_to_remove(server, name)
                 if in_use():
                     raise busy(f"{group}/{name} is open: close it first")
                 lu = self.clones.pop((group, name))
@@ -375,8 +383,17 @@ class StorageSystem:
                     raise
                 self._engines.pop((group, name)).cancel()
                 del server.units[name]
+            server.forget(unit)
             async with server.flushing:
                 unit.close()
+
+    async def _flush_to_remove(self, server: GroupServer, name: str) -> None:
+        """A clone that is no copy anyway may be forgotten though its device fails."""
+        try:
+            await self._flush(server.units[name])
+        except ClonefsError:
+            if server.group.clones[name].state is not CloneState.OUT_OF_SYNC:
+                raise
 
     def _check(self, server: GroupServer, command: Command, name: str) -> CloneState:
         record = server.group.record
@@ -474,27 +491,37 @@ class StorageSystem:
             if server.group.clones[name].state not in RESTORES:
                 await self._fracture([(server, [name])])
                 return
-            async with server.held(), self._allocation:
+            async with server.held():
                 # What has been restored stays restored, as far as the Source can still be written;
                 # and a clone that was being written to stays as it is now.
                 for flush in (server.flush_source, functools.partial(server.flush_clone, name)):
                     with contextlib.suppress(ClonefsError):
                         await flush()
-                protected = self._empty_protected(server)
                 server.group.fold_protected(name)
+                void = server.group.protected.count > 0
                 now = self._wall_clock()
                 await server.change(
-                    lambda record: transitions.break_off_restore(
-                        record, name, protected=protected, now=now
-                    )
+                    lambda record: transitions.break_off_restore(record, name, void=void, now=now)
                 )
+                await self._empty_void(server)
 
     def _empty_protected(self, server: GroupServer) -> MapSlot:
         """A Protected Restore Map that is empty: the group's own, or a new one in its place, so
-        that dropping what it says takes effect with the record and not before."""
-        if not server.group.protected.count:
-            return server.group.record.protected
-        return self.volume.new_map_slot(server.group.geometry.extents)
+        that dropping what it says takes effect with the record and not before. On a full volume it
+        is the group's own as it stands."""
+        group = server.group
+        if group.protected.count:
+            with contextlib.suppress(ClonefsError):
+                return self.volume.new_map_slot(group.geometry.extents)
+        return group.record.protected
+
+    async def _empty_void(self, server: GroupServer) -> None:
+        """Empty the Protected Restore Map that a record has just called void."""
+        if server.group.record.void:
+            server.group.protected.clear_all()
+            # If this cannot be recorded, no host can set anything in it either.
+            with contextlib.suppress(ClonefsError):
+                await server.change(transitions.protected_emptied)
 
     async def protected_restore(self, group: str, name: str) -> None:
         """Begin a Protected Restore, or begin the running one again (D4).
@@ -558,6 +585,7 @@ class StorageSystem:
         group.spread_delta(name)
         to_copy = group.clones[name].delta.count
         now = self._wall_clock()
+        void = protected == group.record.protected and group.protected.count > 0
         await server.change(
             lambda record: transitions.begin_restore(
                 record,
@@ -567,8 +595,10 @@ class StorageSystem:
                 equal=equal,
                 protected=protected,
                 now=now,
+                void=void,
             )
         )
+        await self._empty_void(server)
         server.counts.sync = server.counts.cod = 0
         with contextlib.suppress(
             ClonefsError

@@ -32,6 +32,10 @@ class Control:
     def groups(self) -> list[GroupStatistics]:
         return [self.group(name) for name in sorted(self.system.servers)]
 
+    def volume_error(self) -> str | None:
+        broken = self.system.volume.broken
+        return None if broken is None else broken.reason
+
     def clone(self, group: str, name: str) -> CloneStatistics:
         return next(clone for clone in self.group(group).clones if clone.name == name)
 
@@ -64,7 +68,9 @@ def _one_line(text: str | None) -> str:
 def _error(control: Control, where: Where) -> Content:
     """Why the last command in this directory was refused; else what is wrong with the thing."""
     sentence = control.errors.get(where)
-    if sentence is None and len(where) == 1:
+    if sentence is None and not where:
+        sentence = control.volume_error()
+    elif sentence is None and len(where) == 1:
         sentence = control.group(where[0]).error
     elif sentence is None and len(where) == 2:
         sentence = control.clone(where[0], where[1]).error
@@ -157,7 +163,9 @@ def _on_clone(
 
 TOP: dict[str, ControlFile] = {
     "status": ControlFile(
-        lambda control, where: render.table(control.groups(), control.system.recovery)
+        lambda control, where: render.table(
+            control.groups(), control.volume_error(), control.system.recovery
+        )
     ),
     "status.json": ControlFile(_status_json),
     "events": ControlFile(lambda control, where: ""),  # read as it grows, see operations

@@ -23,7 +23,7 @@ from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
 from clonefs.fuse.render import timestamp
 from clonefs.fuse.tree import SOURCE, Tree
-from clonefs.units import LogicalUnit, open_backing
+from clonefs.units import LogicalUnit, file_under, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Daemon:
         """A backing on this very mount would wait for itself. In a thread: we answer these stats."""
         if self._device is None:
             return
-        for place in (path, path.parent):
+        for place in (path, path.parent, *filter(None, [file_under(path)])):
             try:
                 device = place.stat().st_dev
             except OSError:

@@ -282,6 +282,7 @@ class Operations(pyfuse3.Operations):
     def _failed(self, handle: LuHandle, verb: str, off: int, error: ClonefsError) -> NoReturn:
         if error.errno == errno.EIO:
             log.warning("%s/%s: %s at %d: %s", handle.group, handle.name, verb, off, error.reason)
+        self._control.system.device_failed(handle.group, error)
         raise FUSEError(error.errno) from None
 
     # Control files

@@ -25,11 +25,15 @@ def rate_text(rate: int | None) -> str:
     return "max" if rate is None else format_size(rate)
 
 
-def table(groups: Iterable[GroupStatistics], recovery: Recovery | None = None) -> str:
-    """One aligned table for people. A line for each Source and each clone, errors below, then what
-    was recovered when the volume was mounted."""
+def table(
+    groups: Iterable[GroupStatistics],
+    error: str | None = None,
+    recovery: Recovery | None = None,
+) -> str:
+    """One aligned table for people. A line for each Source and each clone, errors below, that of the
+    metadata volume first, and then what was recovered when it was mounted."""
     rows: list[tuple[str, ...]] = [_HEAD]
-    errors = []
+    errors = [error] if error else []
     for group in groups:
         rows.append(_source_row(group))
         if group.error:
@@ -81,6 +85,7 @@ def status_json(
             "uuid": volume.uuid,
             "size": volume.superblock.size,
             "used": volume.used,
+            "error": volume.broken and volume.broken.reason,
         },
         "daemon": {"pid": os.getpid()},
         "recovery": None

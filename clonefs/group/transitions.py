@@ -179,10 +179,12 @@ def begin_restore(
     equal: frozenset[str],
     protected: MapSlot,
     now: float,
+    void: bool = False,
 ) -> GroupRecord:
     """A Protected Restore begins, or begins again (D4), or a Reverse Sync begins (D8), as `command`
     says. Needs the group held and drained, every mirrored clone flushed, L6 done, and if it begins
-    again, D[c] |= P. `protected`: an empty Protected Restore Map; the one of the group, if it is."""
+    again, D[c] |= P. `protected`: an empty Protected Restore Map; the one of the group, if it is.
+    `void`: it is not empty, and counts as such until it is emptied."""
     clone = clone_named(group, name)
     running = restoring_clone(group)
     if running is not None and running.name != name:
@@ -193,23 +195,27 @@ def begin_restore(
     state = next_state(command, group, clone)
     mirrored = [each.name for each in group.clones if each.state in MIRRORED]
     group = fracture(group, mirrored, equal=equal, now=now)
-    group = replace(group, protected=protected, epoch=group.epoch + 1)
+    group = replace(group, protected=protected, epoch=group.epoch + 1, void=void)
     clone = replace(clone, state=state, copy_total=to_copy, reason=None)
     if state is _S.REVERSE_SYNCHRONIZING:  # what hosts write goes to the clone too: as in a sync
         clone = replace(clone, split_by=None, fractured_at=None, written=False)
     return group.with_clone(clone)
 
 
-def break_off_restore(
-    group: GroupRecord, name: str, *, protected: MapSlot, now: float
-) -> GroupRecord:
+def protected_emptied(group: GroupRecord) -> GroupRecord:
+    """The Protected Restore Map has been emptied in its place."""
+    return replace(group, void=False)
+
+
+def break_off_restore(group: GroupRecord, name: str, *, void: bool, now: float) -> GroupRecord:
     """The restore ends by force: the Source is part old, part clone. Needs the group held and
-    drained and D[c] |= P. `protected`: an empty Protected Restore Map."""
+    drained and D[c] |= P. `void`: the Protected Restore Map is not empty, and means nothing from now
+    on."""
     clone = clone_named(group, name)
     state = next_state(Command.FORCE_FRACTURE, group, clone)
     if clone.state is _S.REVERSE_SYNCHRONIZING:
         clone = replace(clone, split_by=clone.split_by or SplitBy.ADMINISTRATOR, fractured_at=now)
-    return replace(group, protected=protected).with_clone(replace(clone, state=state))
+    return replace(group, void=void).with_clone(replace(clone, state=state))
 
 
 def complete_restore(group: GroupRecord, name: str) -> GroupRecord:

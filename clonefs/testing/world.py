@@ -316,6 +316,9 @@ class SimulatedMedium:
         self.size = len(world.volume)
         self.view = memoryview(world.volume)
 
+    def keep(self, offset: int, length: int) -> None:
+        pass  # all of it is in memory
+
     def write_durably(self, offset: int, data: bytes) -> None:
         world = self._world
         fails = world.begins("write", VOLUME)

@@ -5,9 +5,17 @@ is the narrow interface; `BackingUnit` is a file or a block device, `MissingUnit
 could not be opened, and clonefs.testing has a simulated one.
 """
 
-from clonefs.units.backing import BackingUnit, open_backing
+from clonefs.units.backing import BackingUnit, file_under, open_backing
 from clonefs.units.flushing import FlushFailure
 from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
 
-__all__ = ["BackingUnit", "Buffer", "FlushFailure", "LogicalUnit", "MissingUnit", "open_backing"]
+__all__ = [
+    "BackingUnit",
+    "Buffer",
+    "FlushFailure",
+    "LogicalUnit",
+    "MissingUnit",
+    "file_under",
+    "open_backing",
+]

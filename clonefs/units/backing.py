@@ -6,6 +6,7 @@ loop; what would block goes to a thread, at most THREADS of them for one unit, s
 device does not keep the others waiting.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -34,9 +35,17 @@ class BackingUnit:
     """`size` bytes of the open descriptor `fd`, which the unit owns from now on."""
 
     def __init__(
-        self, fd: int, name: str, size: int, *, is_device: bool, created: bool = False
+        self,
+        fd: int,
+        name: str,
+        size: int,
+        *,
+        is_device: bool,
+        created: bool = False,
+        beneath: int | None = None,
     ) -> None:
         self.fd = fd
+        self._beneath = beneath  # the file under a loop device, open so that it stays locked
         self._created = created
         self.name = name
         self.size = size
@@ -204,7 +213,12 @@ class BackingUnit:
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # a number that the next open file gets must not be used again
-        os.close(fd)
+        beneath, self._beneath = self._beneath, None
+        # What has to be on disk has been flushed; there is nothing else that closing could tell.
+        for each in (beneath, fd):
+            with contextlib.suppress(OSError):
+                if each is not None:
+                    os.close(each)
 
     def discard(self) -> None:
         self.close()
@@ -275,8 +289,12 @@ def open_backing(
         raise invalid(f"{path} is neither a regular file nor a block device")
     is_device = stat.S_ISBLK(kind)
     fd = _open(path, os.O_RDWR | (os.O_EXCL if is_device else 0))
+    beneath: int | None = None
     try:
         _lock(fd, path)
+        if is_device and (file := file_under(path)) is not None:
+            beneath = _open(file, os.O_RDONLY)
+            _lock(beneath, file)
         try:
             held = os.lseek(fd, 0, os.SEEK_END)
         except OSError as error:
@@ -287,10 +305,30 @@ def open_backing(
             )
         if size is None and (held == 0 or held % SECTOR):
             raise invalid(f"{path} has {held} bytes, which is not a positive multiple of {SECTOR}")
-        return BackingUnit(fd, str(path), held if size is None else size, is_device=is_device)
+        return BackingUnit(
+            fd,
+            str(path),
+            held if size is None else size,
+            is_device=is_device,
+            beneath=beneath,
+        )
     except BaseException:
+        if beneath is not None:
+            os.close(beneath)
         os.close(fd)
         raise
+
+
+def file_under(device: Path) -> Path | None:
+    """The file that the loop device `device` is attached to; None if it is no loop device, or that
+    file cannot be found by its name. It is the same bytes by another name."""
+    try:
+        number = device.stat().st_rdev
+        place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file")
+        file = Path(os.fsdecode(place.read_bytes().removesuffix(b"\n")))
+        return file if file.is_file() or file.is_block_device() else None
+    except OSError:
+        return None
 
 
 def _is_to_be_created(path: Path) -> bool:

@@ -339,6 +339,8 @@ class _Group:
     def _live_maps(self) -> Iterator[Finding]:
         """What must be true of maps that the next mount will take as they stand."""
         protected = self._live(self._group.protected)
+        if self._group.void:  # the next mount empties it
+            protected.setall(0)
         if self._restoring is None:
             if protected.any():
                 yield self._left_protected(protected)

@@ -4,12 +4,16 @@
 writes meet in the page cache, so each sees the other at once.
 """
 
+import contextlib
+import ctypes
 import errno
 import mmap
 import os
 from typing import Protocol
 
 from clonefs.errors import failed
+
+_CHUNK = 1 << 20
 
 
 class Medium(Protocol):
@@ -18,6 +22,9 @@ class Medium(Protocol):
     size: int
     name: str
     view: memoryview
+
+    def keep(self, offset: int, length: int) -> None:
+        """Have these bytes of `view` in memory, and keep them there."""
 
     def write_durably(self, offset: int, data: bytes) -> None:
         """Write, and return when it is on stable storage. Stores to `view` may go with it."""
@@ -42,8 +49,24 @@ class FileMedium:
         self.name = name
         self.size = os.lseek(fd, 0, os.SEEK_END) if size is None else size
         self._fd = fd
+        self._private = private
         self._map = mmap.mmap(fd, self.size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self.view = memoryview(self._map)
+
+    def keep(self, offset: int, length: int) -> None:
+        # Whoever touches a page that is not there reads it, and a device that fails then ends the
+        # process. And the kernel may drop a page that it could not write back: a live map would be
+        # what it was long ago. Locked pages stay; who is not root may lock few, and goes without.
+        end = offset + length
+        try:
+            for at in range(offset, end, _CHUNK):
+                if not os.pread(self._fd, min(_CHUNK, end - at), at):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+        except OSError as error:
+            raise failed(f"reading {self.name} failed: {error.strerror}") from error
+        if not self._private:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, offset))
+            ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(length))
 
     def write_durably(self, offset: int, data: bytes) -> None:
         # RWF_DSYNC and not fdatasync: the latter would also write out every page of the live maps
@@ -65,4 +88,5 @@ class FileMedium:
     def close(self) -> None:
         self.view.release()
         self._map.close()
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # a device that is gone; a flush has said so
+            os.close(self._fd)

@@ -59,7 +59,8 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A Clone Group: its Source, the slot of its Protected Restore Map, and its clones.
 
     `durable` are the pages that belong to the group's durable maps (data-format.md). `epoch` is the
-    number of the last restore: sectors of the PPRM with another number count as empty.
+    number of the last restore: sectors of the PPRM with another number count as empty. `void`: a
+    restore has begun again, and what the live map in `protected` says is of the time before.
     """
 
     name: str
@@ -70,6 +71,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     durable: MapSlot
     clones: tuple[CloneRecord, ...] = ()
     epoch: int = 0
+    void: bool = False
 
     def clone(self, name: str) -> CloneRecord:
         """The clone of that name. Raises KeyError."""
@@ -105,11 +107,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole record. `clean`: the volume was closed, and all of it is on stable storage.
 
     `boot_id` is the machine's boot at which the volume was mounted last: while it is still the same,
-    the page cache has every store to the live maps.
+    the page cache has every store to the live maps. `doubtful`: except that a write to the volume
+    has failed since, so that the kernel may have dropped some.
     """
 
     clean: bool = True
     boot_id: str = ""
+    doubtful: bool = False
     groups: tuple[GroupRecord, ...] = ()
 
     def trusts_live_maps(self, boot_id: str) -> bool:

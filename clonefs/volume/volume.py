@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import struct
+import threading
 import uuid as uuid_module
 from pathlib import Path
 
@@ -43,8 +44,10 @@ class MetadataVolume:
         self._medium = medium
         self._maps: dict[MapSlot, ExtentMap] = {}
         self._broken: ClonefsError | None = None
-        # A record that could not be written, nor spoiled: a crash may bring what it says into effect.
+        # A record that could not be written, nor replaced: a crash may bring what it says into effect.
         self.uncertain = False
+        self._doubted = False
+        self._committing = threading.Lock()
         self.name = medium.name
         self.superblock = _read_superblock(medium)
         self.generation, self.record, self.damage = _newest_record(medium, self.superblock)
@@ -66,7 +69,9 @@ class MetadataVolume:
 
     def opened(self) -> Record:
         """The record, marked as in use in this boot: it must be committed before any map changes."""
-        return msgspec.structs.replace(self.record, clean=False, boot_id=self.boot_id)
+        return msgspec.structs.replace(
+            self.record, clean=False, boot_id=self.boot_id, doubtful=False
+        )
 
     def commit(self, record: Record) -> None:
         """Make `record` the record, durably. Blocks. Raises ClonefsError: then nothing has changed.
@@ -74,21 +79,45 @@ class MetadataVolume:
         After an EIO nothing can be committed any more until the volume is opened again (rule D10):
         which of the two records a crash would find is not known.
         """
-        if self._broken is not None:
-            raise self._broken
-        generation = self.generation + 1
-        slot = layout.pack_record(self.superblock, generation, encode_record(record))
-        try:
-            self._medium.write_durably(self.superblock.record_slot(generation), slot)
-        except ClonefsError as error:
-            self._spoil(generation)
+        with self._committing:
+            if self._broken is not None:
+                raise self._broken
+            slot = self._pack(record)
+            try:
+                self._write_record(slot)
+            except ClonefsError as error:
+                failure = self._break(error, "no state can change")
+                self.uncertain = not self._doubted
+                raise failure from error
+            self.generation += 1
+            self.record = record
+
+    def _pack(self, record: Record) -> bytes:
+        return layout.pack_record(self.superblock, self.generation + 1, encode_record(record))
+
+    def _write_record(self, slot: bytes) -> None:
+        self._medium.write_durably(self.superblock.record_slot(self.generation + 1), slot)
+
+    def _break(self, error: ClonefsError, what: str) -> ClonefsError:
+        """A write has failed: nothing else is written any more (rule D10). The kernel tells so of any
+        page that it could not write back, a live map's too, so that these are doubtful now."""
+        if self._broken is None:
+            self._doubted = self._doubt()
             self._broken = failed(
-                f"the metadata volume cannot be written ({error.reason}): no state can change until "
-                f"it is mended and mounted again"
+                f"the metadata volume cannot be written ({error.reason}): {what} until it is mended "
+                f"and mounted again"
             )
-            raise self._broken from error
-        self.generation = generation
-        self.record = record
+        return self._broken
+
+    def _doubt(self) -> bool:
+        """Write the record again, as one whose live maps are doubtful. It takes the place of one that
+        could not be written, which must not be found later: what that says has not happened. If this
+        fails too, only refusing every host write keeps the promise. Returns whether it was written."""
+        try:
+            self._write_record(self._pack(msgspec.structs.replace(self.record, doubtful=True)))
+        except ClonefsError:
+            return False
+        return True
 
     def write_durably(self, offset: int, data: bytes) -> None:
         """Write sectors of a durable map. Blocks. Raises ClonefsError (EIO), and from then on
@@ -96,11 +125,8 @@ class MetadataVolume:
         try:
             self._medium.write_durably(offset, data)
         except ClonefsError as error:
-            self._broken = failed(
-                f"the metadata volume cannot be written ({error.reason}): no map can change until it "
-                f"is mended and mounted again"
-            )
-            raise self._broken from error
+            with self._committing:
+                raise self._break(error, "no map can change") from error
 
     def durable_maps(self, group: GroupRecord, extents: int) -> tuple[DurableMap, DurableMap]:
         """The Persistent Delta Map and the Persistent Protected Restore Map of a group, loaded.
@@ -111,20 +137,13 @@ class MetadataVolume:
         return load_durable_maps(self._read, self.superblock.uuid, group, extents)
 
     def _read(self, offset: int, length: int) -> bytes:
+        self._medium.keep(offset, length)
         return bytes(self._medium.view[offset : offset + length])
 
     def clear_durably(self, slot: MapSlot) -> None:
         """Durable maps that have never been written are zeros on stable storage. Blocks."""
         for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
             self.write_durably(at, bytes(min(1 << 20, slot.offset + slot.length - at)))
-
-    def _spoil(self, generation: int) -> None:
-        """The record that could not be written must not be found later: what it says has not
-        happened. If this fails too, only refusing every host write keeps the promise."""
-        try:
-            self._medium.write_durably(self.superblock.record_slot(generation), bytes(PAGE))
-        except ClonefsError:
-            self.uncertain = True
 
     @property
     def broken(self) -> ClonefsError | None:
@@ -134,6 +153,7 @@ class MetadataVolume:
     def map(self, slot: MapSlot, extents: int) -> ExtentMap:
         """The live map in `slot`; the same object each time."""
         if slot not in self._maps:
+            self._medium.keep(slot.offset, slot.length)
             pages = self._medium.view[slot.offset : slot.offset + slot.length]
             self._maps[slot] = ExtentMap(bitarray(buffer=pages, endian="little"), extents)
         return self._maps[slot]
@@ -152,6 +172,7 @@ class MetadataVolume:
     def _new_slot(self, length: int, beside: tuple[MapSlot, ...]) -> MapSlot:
         slot = layout.free_slot(self.superblock, [*self.record.slots(), *beside], length)
         self._forget_maps_in(slot)
+        self._medium.keep(slot.offset, slot.length)
         for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
             end = min(at + (1 << 20), slot.offset + slot.length)
             self._medium.view[at:end] = bytes(end - at)
@@ -165,6 +186,13 @@ class MetadataVolume:
         ]:
             self._maps.pop(old).release()
 
+    def _flush_maps(self) -> None:
+        try:
+            self._medium.flush()
+        except ClonefsError as error:
+            with self._committing:
+                raise self._break(error, "no state can change") from error
+
     def close(self, *, clean: bool) -> None:
         """Let go of the volume. `clean`: all units are flushed and the maps are final.
 
@@ -173,7 +201,7 @@ class MetadataVolume:
         """
         try:
             if clean:
-                self._medium.flush()
+                self._flush_maps()
                 self.commit(msgspec.structs.replace(self.record, clean=True))
         finally:
             for extents in self._maps.values():
@@ -183,6 +211,7 @@ class MetadataVolume:
 
 
 def _read_superblock(medium: Medium) -> Superblock:
+    medium.keep(0, PAGE)
     try:
         superblock = Superblock.unpack(bytes(medium.view[:PAGE]))
     except DamagedError as damage:
@@ -213,6 +242,7 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record,
     reasons = []
     for number, letter in ((0, "A"), (1, "B")):
         start = superblock.record_slot(number)
+        medium.keep(start, superblock.record_size)
         slot = bytes(medium.view[start : start + superblock.record_size])
         try:
             generation, payload = layout.unpack_record(superblock, slot)
@@ -355,10 +385,17 @@ def open_medium(path: Path, *, read_only: bool = False) -> FileMedium:
     try:
         if os.lseek(fd, 0, os.SEEK_END) < MINIMUM_SIZE:
             raise invalid(f"{path} is not a clonefs metadata volume: it is too small for one")
-        return FileMedium(fd, str(path), private=read_only)
+        medium = FileMedium(fd, str(path), private=read_only)
     except BaseException:
         os.close(fd)
         raise
+    if read_only:
+        try:
+            medium.keep(0, medium.size)  # all of it is looked at
+        except BaseException:
+            medium.close()
+            raise
+    return medium
 
 
 def this_boot() -> str:
