@@ -12,11 +12,14 @@ TURNS = 10
 TAKES_TURNS = ("tests.mounts.test_crash", "tests.mounts.test_crash_file_systems")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Say how many daemons were killed, and what they were doing."""
     if KILLS:
         listed = ", ".join(f"{count} {what}" for what, count in sorted(KILLS.items()))
         terminalreporter.write_line(f"SIGKILL of the daemon: {KILLS.total()} times: {listed}")
+        terminalreporter.write_line(f"their moments: --seed={config.getoption('--seed')}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -576,21 +576,24 @@ def mounted(work: Path, *, options: str = "", volume_size: int = 4 * MiB) -> Ite
 # Loop devices and file systems ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Loop:
     """A loop device."""
 
     path: Path
+    _ours: bool = True
 
     @property
     def _backing(self) -> Path:
         return Path("/sys/block", self.path.name, "loop/backing_file")
 
     def detach(self) -> None:
-        """Detach it, and return when it has let go of its backing."""
-        if self._backing.exists():
+        """Detach it, and return when it has let go of its backing. Only once: then the device may be
+        somebody else's."""
+        if self._ours and self._backing.exists():
             run("losetup", "--detach", self.path)
             wait_for(lambda: not self._backing.exists(), f"for {self.path} to be free")
+        self._ours = False
 
     def forget_pages(self) -> None:
         """Make the kernel forget what it has cached of the device."""
