@@ -4,7 +4,7 @@ A mutant is a patch of the real code. For each, seeds are run until one of them 
 that survives them all means that the simulator would not notice that rule being broken.
 """
 
-from collections.abc import AsyncIterator, Callable, Sized
+from collections.abc import AsyncIterator, Callable, Iterable, Sized
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,15 +13,15 @@ import trio
 from bitarray import bitarray
 from msgspec.structs import replace
 
-from clonefs.engines import StorageSystem, recovery
+from clonefs.engines import Recorder, StorageSystem, recovery
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.extents import ExtentMap
 from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.testing import Plan, Violation, run_simulation
-from clonefs.units import Buffer
-from clonefs.volume import DurableMap, GroupRecord, MetadataVolume
+from clonefs.units import Buffer, LogicalUnit
+from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
 
 SEEDS = 400
 
@@ -328,6 +328,19 @@ def recovered_without_the_protected_map(patch: Patch) -> None:
     patch.setattr("clonefs.testing.simulation.load", load)
 
 
+def stamped_before_the_commit(patch: Patch) -> None:
+    """D11: the backings learn of a record that may never be on disk."""
+    original = Recorder._commit
+
+    def commit(self: Recorder, record: Record, backings: Iterable[tuple[LogicalUnit, str]]) -> None:
+        for unit, word in backings:
+            stamp = f"{self.volume.uuid} {self.volume.generation + 1} {word}"
+            unit.set_stamp(stamp, durable=False)
+        original(self, record, backings)
+
+    patch.setattr(Recorder, "_commit", commit)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -357,6 +370,7 @@ MUTANTS: list[Mutant] = [
     flushed_without_the_map,
     ended_without_a_flush,
     recovered_without_the_protected_map,
+    stamped_before_the_commit,
 ]
 
 

@@ -4,11 +4,18 @@ Same boot, or closed cleanly: the live maps as they stand. Otherwise they are lo
 the durable maps. Nothing is written here but live maps, so recovery that is cut off starts again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from clonefs.engines.durability import runs
 from clonefs.group import CloneGroup, transitions
 from clonefs.volume import CloneRecord, CloneState, DurableMap, GroupRecord, MetadataVolume
+
+OVERWRITTEN = (
+    "its live maps are not what the volume was closed with; they are filled from the durable ones"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +29,18 @@ class Loaded:
 
 def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     """The group of `record`, its maps filled and its states set right. The record is not committed."""
+    record = replace(record, live_checksum=None)  # they change from now on
+    trusted = volume.trusts(record)
     group = CloneGroup(record, volume.map)
     delta, protected = volume.durable_maps(record, group.geometry.extents)
-    if not volume.trusted:
+    if not trusted:
         for clone in group.clones.values():
             clone.delta.fill_from(delta.bits)
         group.protected.clear_all()
         if group.restoring is not None:
             group.protected.fill_from(protected.bits)
     counts = {name: clone.delta.count for name, clone in group.clones.items()}
-    if volume.trusted:
+    if trusted:
         group.adopt(transitions.recovered(record, counts))
     else:
         lost = bool(protected.damaged)
@@ -44,11 +53,17 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     return Loaded(group, delta, protected)
 
 
-def foretell(volume: MetadataVolume) -> list[str]:
+def foretell(volume: MetadataVolume, doubts: Mapping[str, str]) -> list[str]:
     """What the next mount in this boot will do, in words. It is the recovery itself that says so, so
-    `volume` must be on a medium that keeps stores to itself."""
+    `volume` must be on a medium that keeps stores to itself. `doubts`: groups that will not be
+    believed, and why (clonefs/engines/stamps.py)."""
     told = [_whence(volume)]
     for record in volume.record.groups:
+        if record.name in doubts:
+            told.append(f"{record.name}: {doubts[record.name]}; every extent is taken to differ")
+            continue
+        if record.name in volume.overwritten:
+            told.append(f"{record.name}: {OVERWRITTEN}")
         group = load(volume, record).group
         for clone in record.clones:
             told += _fate(group, clone)

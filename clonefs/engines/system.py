@@ -24,8 +24,9 @@ from clonefs.engines.cod import CodEngine
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD, Durability
 from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
-from clonefs.engines.recovery import Loaded, load
+from clonefs.engines.recovery import OVERWRITTEN, Loaded, load
 from clonefs.engines.server import GroupServer
+from clonefs.engines.stamps import SOURCE, Doubt, Stamp, distrust, look
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
 from clonefs.errors import ClonefsError, busy, invalid, missing, taken
@@ -89,6 +90,7 @@ class StorageSystem:
         self._recovered = False
         self._configuration = trio.Lock()
         self._allocation = trio.Lock()  # from choosing a slot until a record names it
+        recorder.backings_of = self._backings_of
 
     # Life
 
@@ -99,25 +101,74 @@ class StorageSystem:
         group or clone faulted.
         """
         self._nursery = nursery
-        loaded = [load(self.volume, group) for group in self.volume.record.groups]
+        opened = {group.name: await self._open_units(group) for group in self.volume.record.groups}
+        doubt = look(self.volume, opened)
+        self._tell_what_was_found(doubt)
+        loaded = [await self._load(group, doubt) for group in self.volume.record.groups]
 
         recovered = tuple(each.group.record for each in loaded)
-        await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
+        record = replace(self.volume.opened(), groups=recovered)
+        if doubt.newest:
+            await self.recorder.overtake(doubt.newest, record)
+        else:
+            await self.recorder.commit(lambda _: record)
         self._recovered = True
         if not self.volume.trusted:
             self._event(
                 "recovery: the machine went down; the live maps are filled from the durable ones"
             )
         for each in loaded:
-            await self._open_group(each)
+            name = each.group.record.name
+            # After the commit. Durable where there is doubt, or the next mount would doubt again.
+            words = [SOURCE, *(clone.state for clone in each.group.record.clones)]
+            backings = list(zip(opened[name], words, strict=True))
+            await self.recorder.stamp(backings, durable=name in doubt.reasons)
+            await self._open_group(each, opened[name])
 
-    async def _open_group(self, loaded: Loaded) -> None:
+    async def _open_units(self, record: GroupRecord) -> list[LogicalUnit]:
+        """The Source, and the clones in the order of the record."""
+        backings = [record.backing, *(clone.backing for clone in record.clones)]
+        return [await self._open_or_missing(backing, record.size) for backing in backings]
+
+    async def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
+        reason = doubt.reasons.get(record.name)
+        if reason is None:
+            return load(self.volume, record)
+        return await distrust(self.recorder, record, reason, doubt.states, self._wall_clock())
+
+    def _tell_what_was_found(self, doubt: Doubt) -> None:
+        for damage in self.volume.damage:
+            self._warn(f"{damage}; the other record is used")
+        for name in sorted(self.volume.overwritten):
+            self._warn(f"{name}: {OVERWRITTEN}")
+        for name, reason in doubt.reasons.items():
+            self._warn(f"{name}: {reason}; every extent is taken to differ")
+
+    def _warn(self, line: str) -> None:
+        log.warning("%s", line)
+        self._on_event(f"recovery: {line}")
+
+    def _tell_of_damaged_sectors(self, loaded: Loaded) -> None:
+        name, delta, protected = loaded.group.record.name, loaded.delta, loaded.protected
+        for sectors, what in (
+            (
+                delta.damaged,
+                "of the Persistent Delta Map are damaged: their extents are marked in it",
+            ),
+            (protected.single, "of the Persistent Protected Restore Map are damaged in one copy"),
+            (
+                protected.damaged,
+                "of the Persistent Protected Restore Map are damaged in both copies",
+            ),
+        ):
+            if sectors:
+                self._warn(f"{name}: {len(sectors)} sectors {what}")
+
+    async def _open_group(self, loaded: Loaded, opened: list[LogicalUnit]) -> None:
         record = loaded.group.record
-        source = await self._open_or_missing(record.backing, record.size)
-        clones = {
-            clone.name: await self._open_or_missing(clone.backing, record.size)
-            for clone in record.clones
-        }
+        source, *others = opened
+        clones = {clone.name: unit for clone, unit in zip(record.clones, others, strict=True)}
+        self._tell_of_damaged_sectors(loaded)
         server = self._add_server(loaded, source, clones)
         await server.durability.include_live_maps()
         for clone in record.clones:
@@ -132,6 +183,25 @@ class StorageSystem:
         except ClonefsError as error:
             self._event(f"{backing} is faulted: {error.reason}")
             return MissingUnit(backing, size, error.reason)
+
+    def _backings_of(self, record: GroupRecord) -> list[tuple[LogicalUnit, str]]:
+        """The units of a group with what their stamps say of them."""
+        server = self.servers.get(record.name)
+        if server is None:
+            return []
+        clones = [
+            (server.units[clone.name], clone.state)
+            for clone in record.clones
+            if clone.name in server.units
+        ]
+        return [(server.source, SOURCE), *clones]
+
+    async def _take_over(self, unit: LogicalUnit) -> None:
+        """A new backing may still have the stamp of another volume, which would bring the group in
+        doubt if the machine went down before the next one is on disk."""
+        stamp = Stamp.of(unit)
+        foreign = stamp is not None and stamp.uuid != self.volume.uuid
+        await self.recorder.stamp([(unit, SOURCE)], durable=foreign)
 
     def _add_server(
         self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
@@ -194,9 +264,9 @@ class StorageSystem:
             for server in self.servers.values():
                 await self._flush_for_stop(server, failures)
         try:
-            await self.recorder.close(clean=self._recovered)
-        except ClonefsError as error:
-            failures.append(error.reason)
+            await self._conclude(failures)
+        finally:
+            await self.recorder.close(clean=False)
         if failures:
             raise ClonefsError(5, "; ".join(failures))
 
@@ -213,6 +283,19 @@ class StorageSystem:
                     await flush()
             except ClonefsError as error:
                 failures.append(error.reason)
+
+    async def _conclude(self, failures: list[str]) -> None:
+        """The record says that all is on disk, the backings learn of that record, and are let go of.
+        The volume is let go of last: whoever mounts it next must find its backings free."""
+        servers = self.servers.values()
+        backings = [each for server in servers for each in self._backings_of(server.group.record)]
+        try:
+            if self._recovered:
+                await self.recorder.conclude()
+                await self.recorder.stamp(backings, durable=True)
+        except ClonefsError as error:
+            failures.append(error.reason)
+        for unit, _ in backings:
             try:
                 unit.close()
             except OSError as error:
@@ -257,6 +340,7 @@ class StorageSystem:
             source = await self._open_unit(backing, create_size=size)
             try:
                 async with self._allocation:
+                    await self._take_over(source)
                     record = self._new_group(name, source, size, extent_size)
                     await self.recorder.clear_durably(record.durable)
                     await self.recorder.commit(lambda whole: whole.with_group(record))
@@ -318,6 +402,7 @@ class StorageSystem:
             size = server.group.geometry.size
             unit = await self._open_unit(backing, create_size=size, size=size)
             try:
+                await self._take_over(unit)
                 # A checkpoint does not know of the new map, so none may run until the record has it.
                 async with server.flushing, server.held(), self._allocation:
                     record = self._new_clone(server.group, name, unit, sync=sync)

@@ -180,6 +180,7 @@ def run_simulation(plan: Plan) -> Report:
     _deterministic_trio(plan.seed)
     simulation = Simulation(plan, Report(plan.seed), rng)
     disks = {name: bytearray() for name in ("source", *simulation.clones)}
+    left: dict[str, str | None] = {}  # stamps
     for content in disks.values():  # different everywhere, and a hole now and then
         for _ in range(simulation.size // SECTOR):
             simulation.stamp += 1
@@ -199,7 +200,7 @@ def run_simulation(plan: Plan) -> Report:
             power_cut=rng.random() < plan.power_cuts,
         )
         for name, content in disks.items():
-            SimulatedUnit(world, name, content)
+            SimulatedUnit(world, name, content, left.get(name))
         _Life(simulation, world).live()
         simulation.report.operations += world.operations
         simulation.report.points += world.points
@@ -208,7 +209,7 @@ def run_simulation(plan: Plan) -> Report:
             simulation.report.deaths += 1
             simulation.report.power_cuts += world.power_cut
             simulation.boot += world.power_cut
-            disks, volume = world.frozen.disks, world.frozen.volume
+            disks, volume, left = world.frozen.disks, world.frozen.volume, world.frozen.stamps
             _look_at_what_is_left(simulation, disks, volume, cut=world.power_cut)
     return simulation.report
 
@@ -247,7 +248,7 @@ class _Life:
             self._open,
             forget_pages=nothing,
             wall_clock=trio.current_time,
-            on_event=lambda _line: self._observe(),
+            on_event=self._event,
             run=2 * EXTENT,
             checkpoint=0.02,
             run_ahead=1,
@@ -280,6 +281,11 @@ class _Life:
         return self.system.servers[GROUP].group
 
     # What the oracle learns when the state changes: the group is held and drained then.
+
+    def _event(self, line: str) -> None:
+        if "every extent is taken to differ" in line and self.world.frozen is None:
+            raise Violation(f"no death can bring a group in doubt: {line}")
+        self._observe()
 
     def _observe(self) -> None:
         if self.world.frozen is not None or GROUP not in self.system.servers:

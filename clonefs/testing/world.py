@@ -33,6 +33,7 @@ class Frozen:
 
     disks: dict[str, bytearray]
     volume: bytearray
+    stamps: dict[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -58,7 +59,8 @@ class World:
         self.points += 1
         if self.points == self.die_at:
             disks = {name: disk.after_death() for name, disk in self.disks.items()}
-            self.frozen = Frozen(disks, self._volume_after_death())
+            stamps = {name: disk.stamp_after_death() for name, disk in self.disks.items()}
+            self.frozen = Frozen(disks, self._volume_after_death(), stamps)
             assert self.scope is not None
             self.scope.cancel()
 
@@ -86,7 +88,11 @@ class World:
 class SimulatedUnit:
     """A disk in `world`. Sectors are written whole; a write of several may be seen in part."""
 
-    def __init__(self, world: World, name: str, content: bytearray) -> None:
+    def __init__(
+        self, world: World, name: str, content: bytearray, stamp: str | None = None
+    ) -> None:
+        # The stamp on stable storage, and those since, oldest first.
+        self._stamps: list[str | None] = [stamp]
         self.world = world
         self.name = name
         self.size = len(content)
@@ -198,6 +204,21 @@ class SimulatedUnit:
 
     def allocated(self) -> int:
         return self.size
+
+    def stamp(self) -> str | None:
+        return self._stamps[-1]
+
+    def set_stamp(self, stamp: str, *, durable: bool) -> None:
+        self.world.point()
+        self._stamps.append(stamp)
+        self.world.point()
+        if durable:
+            self._stamps = [stamp]
+            self.world.point()
+
+    def stamp_after_death(self) -> str | None:
+        """After a power cut, any of those since the last durable one."""
+        return self.world.random.choice(self._stamps) if self.world.power_cut else self._stamps[-1]
 
     def close(self) -> None:
         pass

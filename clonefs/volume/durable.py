@@ -119,7 +119,7 @@ class DurableMap:
     """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`.
 
     `epoch` is the number of the restore that the bits belong to; 0 where that does not matter.
-    `damaged` are the sectors of which no copy could be read.
+    `damaged` are the sectors of which no copy could be read, `single` those of which only one could.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class DurableMap:
         self.unwritten: set[int] = set()
         self.writing: set[int] = set()
         self.damaged: list[int] = []
+        self.single: list[int] = []
         self._uuid = uuid
         self._offsets = offsets
         self._generations = [0] * self.sectors
@@ -155,6 +156,8 @@ class DurableMap:
                 if damaged_as:
                     self.unwritten.add(sector)
                 continue
+            if None in found:
+                self.single.append(sector)
             newest = max(sound, key=lambda each: each.generation)
             if any(each != newest for each in found):
                 self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
