@@ -11,8 +11,6 @@ import pytest
 # What these check for tests is to be explained like what tests check themselves.
 pytest.register_assert_rewrite("tests.mounts.mount", "tests.mounts.load")
 
-_SEED = pytest.StashKey[int]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--long` and `--seed`."""
@@ -24,12 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known, and choose the seed."""
     config.addinivalue_line("markers", "long: takes minutes; run with --long only")
     seed = config.getoption("--seed")
-    config.stash[_SEED] = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    config.option.seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Say how to run the same again."""
-    return f"seed: {config.stash[_SEED]} (--seed={config.stash[_SEED]} runs the same again)"
+    seed = config.getoption("--seed")
+    return f"seed: {seed} (--seed={seed} runs the same again)"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,10 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def rng_seed(request: pytest.FixtureRequest) -> str:
     """A seed that follows from the seed of the run and the name of the test."""
-    seed = f"{request.config.stash[_SEED]} {request.node.name}"
-    print(
-        f"random numbers from the seed {seed!r}; the run has --seed={request.config.stash[_SEED]}"
-    )
+    run = request.config.getoption("--seed")
+    seed = f"{run} {request.node.name}"
+    print(f"random numbers from the seed {seed!r}; the run has --seed={run}")
     return seed
 
 

@@ -156,7 +156,7 @@ def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
         ),
         **{k: v for k, v in group.items() if k not in ("restore", "clones")},
     )
-    recovery = Recovery(at=0.0, found="", done=())
+    recovery = Recovery(at=0.0, found="", damage=(), done=())
     shown = json.loads(render.status_json(example_volume, [statistics], recovery))
     assert shape(shown) == shape(example)
 

@@ -4,7 +4,7 @@ A mutant is a patch of the real code. For each, seeds are run until one of them 
 that survives them all means that the simulator would not notice that rule being broken.
 """
 
-from collections.abc import AsyncIterator, Callable, Sized
+from collections.abc import AsyncIterator, Callable, Iterable, Sized
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from clonefs.extents import ExtentMap
 from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, Route, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.testing import Simulation, Violation, random_plan
-from clonefs.units import Buffer, FlushFailure
+from clonefs.units import Buffer, FlushFailure, LogicalUnit
 from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
 
 SEEDS = 800
@@ -551,6 +551,19 @@ def clean_though_not_flushed(patch: Patch) -> None:
     patch.setattr(MetadataVolume, "close", close)
 
 
+def stamped_before_the_commit(patch: Patch) -> None:
+    """D11: the backings learn of a record that may never be on disk."""
+    original = Recorder._commit
+
+    def commit(self: Recorder, record: Record, backings: Iterable[tuple[LogicalUnit, str]]) -> None:
+        for unit, word in backings:
+            stamp = f"{self.volume.uuid} {self.volume.generation + 1} {word}"
+            unit.set_stamp(stamp, durable=False)
+        original(self, record, backings)
+
+    patch.setattr(Recorder, "_commit", commit)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -601,6 +614,7 @@ MUTANTS: list[Mutant] = [
     failed_volume_goes_on,
     failed_record_stays,
     clean_though_not_flushed,
+    stamped_before_the_commit,
 ]
 
 

@@ -123,6 +123,7 @@ def _repair(meta: Path) -> None:
 def _look(meta: Path) -> "tuple[tuple[Finding, ...], list[str]]":
     """What is to be said of the volume, and what the next mount will do with it."""
     from clonefs.engines.recovery import foretell
+    from clonefs.engines.stamps import look_offline
     from clonefs.volume import MetadataVolume
     from clonefs.volume.check import Fault, examine
     from clonefs.volume.volume import open_medium, this_boot
@@ -142,7 +143,7 @@ def _look(meta: Path) -> "tuple[tuple[Finding, ...], list[str]]":
     try:
         if any(finding.fault in (Fault.STRUCTURE, Fault.MAP_SLOT) for finding in found):
             return found, ["do not mount it: the record contradicts itself"]
-        return found, foretell(volume)
+        return found, foretell(volume, look_offline(volume).reasons)
     finally:
         volume.close(clean=False)
 

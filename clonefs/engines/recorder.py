@@ -10,7 +10,9 @@ from collections.abc import Awaitable, Callable, Iterable
 import trio
 
 from clonefs.group import CloneGroup
+from clonefs.units import LogicalUnit
 from clonefs.volume import GroupRecord, MapSlot, MetadataVolume, Record
+from clonefs.volume.durable import starts_of_maps
 
 Change = Callable[[GroupRecord], GroupRecord]
 Blocking = Callable[[Callable[[], None]], Awaitable[None]]
@@ -22,10 +24,15 @@ async def in_thread(work: Callable[[], None]) -> None:
 
 
 class Recorder:
-    """Commits records to `volume`, one at a time; `blocking` runs what blocks."""
+    """Commits records to `volume`, one at a time; `blocking` runs what blocks.
+
+    `backings_of`: the units of a group, each with a word about it, that get a stamp with each commit
+    that changes the group (clonefs/engines/stamps.py).
+    """
 
     def __init__(self, volume: MetadataVolume, blocking: Blocking = in_thread) -> None:
         self.volume = volume
+        self.backings_of: Callable[[GroupRecord], Iterable[tuple[LogicalUnit, str]]] = lambda _: ()
         self._blocking = blocking
         self._lock = trio.Lock()
         self.on_broken: Callable[[str], None] = lambda reason: None
@@ -42,13 +49,47 @@ class Recorder:
         async with self._lock:
             record = change(self.volume.record)
             if record != self.volume.record:
-                await self._write(lambda: self.volume.commit(record))
+                old = self.volume.record.groups
+                changed = [group for group in record.groups if group not in old]
+                backings = [each for group in changed for each in self.backings_of(group)]
+                await self._write(lambda: self._commit(record, backings))
 
     async def _write(self, work: Callable[[], None]) -> None:
         try:
             await self._blocking(work)
         finally:
             self._look()
+
+    def _commit(self, record: Record, backings: Iterable[tuple[LogicalUnit, str]]) -> None:
+        self.volume.commit(record)
+        self._stamp(backings, durable=False)
+
+    def _stamp(self, backings: Iterable[tuple[LogicalUnit, str]], *, durable: bool) -> None:
+        for unit, word in backings:
+            stamp = f"{self.volume.uuid} {self.volume.generation} {word}"
+            unit.set_stamp(stamp, durable=durable)
+
+    async def stamp(self, backings: Iterable[tuple[LogicalUnit, str]], *, durable: bool) -> None:
+        """Let the backings know of the volume and its record as it is; see clonefs/engines/stamps.py.
+        What has not been committed must not be in it: so between commits, and after them."""
+        async with self._lock:
+            await self._blocking(lambda: self._stamp(backings, durable=durable))
+
+    async def overtake(self, generation: int, record: Record) -> None:
+        """Commit `record` as newer than `generation`; see MetadataVolume.overtake."""
+        async with self._lock:
+            await self._write(lambda: self.volume.overtake(generation, record))
+
+    async def forget_protected(self, group: GroupRecord) -> None:
+        """Zeros in the place of the group's PPRM. Raises ClonefsError."""
+        _, start, _ = starts_of_maps(group.durable)
+        end = group.durable.offset + group.durable.length
+        await self.clear_durably(MapSlot(start, end - start))
+
+    async def conclude(self) -> None:
+        """Everything is on disk, and the record says so; see MetadataVolume.conclude."""
+        async with self._lock:
+            await self._write(self.volume.conclude)
 
     def check(self) -> None:
         """Raises ClonefsError (EIO) once the metadata volume cannot be written."""

@@ -4,7 +4,7 @@ Same boot, or closed cleanly: the live maps as they stand. Otherwise they are lo
 the durable maps. Nothing is written here but live maps, so recovery that is cut off starts again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -13,39 +13,47 @@ from clonefs.engines.durability import runs
 from clonefs.group import CloneGroup, transitions
 from clonefs.volume import CloneRecord, CloneState, DurableMap, GroupRecord, MetadataVolume
 
+OVERWRITTEN = (
+    "its live maps are not what the volume was closed with; they are filled from the durable ones"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A group with its durable maps: `delta` is the PDM, `protected` the PPRM. `told`: what was
-    found and what is done, one sentence each."""
+    """A group with its durable maps: `delta` is the PDM, `protected` the PPRM. `damage`: what was
+    found to be damaged, and `told`: what is done, one sentence each."""
 
     group: CloneGroup
     delta: DurableMap
     protected: DurableMap
+    damage: tuple[str, ...]
     told: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """A recovery as it shows in events and status: when (seconds since the epoch), what was found,
-    and what was done."""
+    what of it is damaged, and what was done."""
 
     at: float
     found: str
+    damage: tuple[str, ...]
     done: tuple[str, ...]
 
     def lines(self) -> tuple[str, ...]:
         """All of it, a sentence a line."""
-        return (self.found, *self.done)
+        return (self.found, *self.damage, *self.done)
 
 
 def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     """The group of `record`, its maps filled and its states set right. The record is not committed."""
+    record = replace(record, live_checksum=None)  # they change from now on
+    trusted = volume.trusts(record)
     group = CloneGroup(record, volume.map)
     delta, protected = volume.durable_maps(record, group.geometry.extents)
-    damage = list(_damage(record, delta, protected))
+    damage = tuple(_damage(record, delta, protected))
     lost = bool(protected.damaged) or protected.newest_epoch > record.epoch
-    if not volume.trusted:
+    if not trusted:
         for clone in group.clones.values():
             clone.delta.fill_from(delta.bits)
         group.protected.clear_all()
@@ -62,35 +70,35 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
         after = replace(after, epoch=protected.newest_epoch + 1)
         protected.begin_epoch(after.epoch)
     counts = {name: clone.delta.count for name, clone in group.clones.items()}
-    if volume.trusted:
+    if trusted:
         after = transitions.recovered(after, counts)
     else:
         after = transitions.without_trust(after, counts, lost=lost)
     group.adopt(after)
-    if not (volume.trusted or group.protecting):
+    if not (trusted or group.protecting):
         group.protected.clear_all()  # D has it all, and only a Protected Restore has a P
     if group.protecting:
         unknown = group.protected.bits[: group.geometry.extents] & ~protected.bits
         group.newly_protected = dict.fromkeys(runs(unknown))
     fates = (line for clone in record.clones for line in _fate(group, clone))
-    return Loaded(group, delta, protected, (*damage, *fates))
+    return Loaded(group, delta, protected, damage, tuple(fates))
 
 
 def _damage(record: GroupRecord, delta: DurableMap, protected: DurableMap) -> Iterator[str]:
-    name = record.name
-    if delta.damaged:
-        yield (
-            f"{name}: damaged sectors of the Persistent Delta Map, {len(delta.damaged)} in all: their "
-            f"extents are taken to differ"
-        )
-    if protected.damaged:
-        yield (
-            f"{name}: sectors of the Persistent Protected Restore Map that are damaged in both copies, "
-            f"{len(protected.damaged)} in all"
-        )
+    pprm = "of the Persistent Protected Restore Map are damaged"
+    for sectors, what in (
+        (
+            delta.damaged,
+            "of the Persistent Delta Map are damaged: their extents are marked in it",
+        ),
+        (protected.single, f"{pprm} in one copy"),
+        (protected.damaged, f"{pprm} in both copies"),
+    ):
+        if sectors:
+            yield f"{record.name}: {len(sectors)} sectors {what}"
     if protected.newest_epoch > record.epoch:
         yield (
-            f"{name}: the Persistent Protected Restore Map has restore number "
+            f"{record.name}: the Persistent Protected Restore Map has restore number "
             f"{protected.newest_epoch} and the record {record.epoch}: the newest record is lost"
         )
 
@@ -120,11 +128,25 @@ def _add_durable(group: CloneGroup, delta: DurableMap, protected: DurableMap) ->
             group.protected.mark(first, stop)
 
 
-def foretell(volume: MetadataVolume) -> list[str]:
+def foretell(volume: MetadataVolume, doubts: Mapping[str, str]) -> list[str]:
     """What the next mount in this boot will do, in words. It is the recovery itself that says so, so
-    `volume` must be on a medium that keeps stores to itself."""
-    loaded = [load(volume, record) for record in volume.record.groups]
-    return [found(volume), *volume.damage, *(line for each in loaded for line in each.told)]
+    `volume` must be on a medium that keeps stores to itself. `doubts`: groups that will not be
+    believed, and why (clonefs/engines/stamps.py)."""
+    told = [found(volume), *volume.damage]
+    for record in volume.record.groups:
+        if record.name in doubts:
+            told.append(in_doubt(record.name, doubts[record.name]))
+            continue
+        if record.name in volume.overwritten:
+            told.append(f"{record.name}: {OVERWRITTEN}")
+        loaded = load(volume, record)
+        told += [*loaded.damage, *loaded.told]
+    return told
+
+
+def in_doubt(group: str, reason: str) -> str:
+    """That a group is not believed, as a sentence."""
+    return f"{group}: {reason}; every extent is taken to differ"
 
 
 def _fate(group: CloneGroup, before: CloneRecord) -> list[str]:

@@ -24,8 +24,9 @@ from clonefs.engines.cod import CodEngine
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD, Durability
 from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
-from clonefs.engines.recovery import Loaded, Recovery, found, load
+from clonefs.engines.recovery import OVERWRITTEN, Loaded, Recovery, found, load
 from clonefs.engines.server import GroupServer
+from clonefs.engines.stamps import SOURCE, Doubt, Stamp, distrust, look
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
 from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing, taken
@@ -88,8 +89,10 @@ class StorageSystem:
         self._checkpointers: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._recovered = False
+        self._was_clean = True
         self._configuration = trio.Lock()
         self._allocation = trio.Lock()  # from choosing a slot until a record names it
+        recorder.backings_of = self._backings_of
 
     # Life
 
@@ -101,26 +104,68 @@ class StorageSystem:
         """
         self._nursery = nursery
         self.recorder.on_broken = self._volume_broken
-        loaded = [load(self.volume, group) for group in self.volume.record.groups]
-        if not self.volume.record.clean or self.volume.record.doubtful or self.volume.damage:
-            done = tuple(line for each in loaded for line in each.told)
-            what = "; ".join([found(self.volume), *self.volume.damage])
-            self.recovery = Recovery(self._wall_clock(), what, done)
+        opened = {group.name: await self._open_units(group) for group in self.volume.record.groups}
+        doubt = look(self.volume, opened)
+        loaded = [await self._load(group, doubt) for group in self.volume.record.groups]
+        recovery = self._recovery(doubt, loaded)
+        self._was_clean = self.volume.record.clean and not self.volume.record.doubtful
         recovered = tuple(each.group.record for each in loaded)
-        await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
+        record = replace(self.volume.opened(), groups=recovered)
+        if doubt.newest:
+            await self.recorder.overtake(doubt.newest, record)
+        else:
+            await self.recorder.commit(lambda _: record)
         self._recovered = True
-        for line in () if self.recovery is None else self.recovery.lines():
-            self._event(f"recovery: {line}")
+        self._tell(recovery)
         for each in loaded:
-            await self._open_group(each)
+            name = each.group.record.name
+            # After the commit. Durable where there is doubt, or the next mount would doubt again.
+            words = [SOURCE, *(clone.state for clone in each.group.record.clones)]
+            backings = list(zip(opened[name], words, strict=True))
+            await self.recorder.stamp(backings, durable=name in doubt.reasons)
+            await self._open_group(each, opened[name])
 
-    async def _open_group(self, loaded: Loaded) -> None:
+    async def _open_units(self, record: GroupRecord) -> list[LogicalUnit]:
+        """The Source, and the clones in the order of the record."""
+        backings = [record.backing, *(clone.backing for clone in record.clones)]
+        return [await self._open_or_missing(backing, record.size) for backing in backings]
+
+    async def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
+        reason = doubt.reasons.get(record.name)
+        if reason is None:
+            return load(self.volume, record)
+        return await distrust(self.recorder, record, reason, doubt.states, self._wall_clock())
+
+    def _recovery(self, doubt: Doubt, loaded: list[Loaded]) -> Recovery:
+        """What was found, and what was done about it."""
+        damage = [f"{damage}; the other record is used" for damage in self.volume.damage]
+        damage += [
+            f"{name}: {OVERWRITTEN}"
+            for name in sorted(self.volume.overwritten)
+            if name not in doubt.reasons
+        ]
+        damage += [line for each in loaded for line in each.damage]
+        damage += [line for each in loaded if self._doubted(each, doubt) for line in each.told]
+        done = [line for each in loaded if not self._doubted(each, doubt) for line in each.told]
+        return Recovery(self._wall_clock(), found(self.volume), tuple(damage), tuple(done))
+
+    @staticmethod
+    def _doubted(loaded: Loaded, doubt: Doubt) -> bool:
+        return loaded.group.record.name in doubt.reasons
+
+    def _tell(self, recovery: Recovery) -> None:
+        """Say it, unless the volume was closed cleanly and nothing is the matter."""
+        if self._was_clean and not recovery.damage:
+            return
+        self.recovery = recovery
+        for line in recovery.lines():
+            log.log(logging.WARNING if line in recovery.damage else logging.INFO, "%s", line)
+            self._on_event(f"recovery: {line}")
+
+    async def _open_group(self, loaded: Loaded, opened: list[LogicalUnit]) -> None:
         record = loaded.group.record
-        source = await self._open_or_missing(record.backing, record.size)
-        clones = {
-            clone.name: await self._open_or_missing(clone.backing, record.size)
-            for clone in record.clones
-        }
+        source, *others = opened
+        clones = {clone.name: unit for clone, unit in zip(record.clones, others, strict=True)}
         server = self._add_server(loaded, source, clones)
         await server.durability.include_live_maps()
         for clone in record.clones:
@@ -135,6 +180,25 @@ class StorageSystem:
         except ClonefsError as error:
             self._event(f"{backing} is faulted: {error.reason}")
             return MissingUnit(backing, size, error.reason)
+
+    def _backings_of(self, record: GroupRecord) -> list[tuple[LogicalUnit, str]]:
+        """The units of a group with what their stamps say of them."""
+        server = self.servers.get(record.name)
+        if server is None:
+            return []
+        clones = [
+            (server.units[clone.name], clone.state)
+            for clone in record.clones
+            if clone.name in server.units
+        ]
+        return [(server.source, SOURCE), *clones]
+
+    async def _take_over(self, unit: LogicalUnit) -> None:
+        """A new backing may still have the stamp of another volume, which would bring the group in
+        doubt if the machine went down before the next one is on disk."""
+        stamp = Stamp.of(unit)
+        foreign = stamp is not None and stamp.uuid != self.volume.uuid
+        await self.recorder.stamp([(unit, SOURCE)], durable=foreign)
 
     def _add_server(
         self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
@@ -204,9 +268,9 @@ class StorageSystem:
         # What is not flushed may be lost when the machine goes down: then the durable maps know.
         clean = self._recovered and not failures and not self._misses_units()
         try:
-            await self.recorder.close(clean=clean)
-        except ClonefsError as error:
-            failures.append(error.reason)
+            await self._conclude(failures, clean=clean)
+        finally:
+            await self.recorder.close(clean=False)
         if failures:
             raise ClonefsError(5, "; ".join(failures))
 
@@ -225,7 +289,6 @@ class StorageSystem:
                     await flush()
             except ClonefsError as error:
                 failures.append(error.reason)
-            unit.close()
 
     def _volume_broken(self, reason: str) -> None:
         log.error("%s", reason)
@@ -235,6 +298,21 @@ class StorageSystem:
         """A host request of the group has failed."""
         if isinstance(error, DeviceError) and group in self.servers:
             self.servers[group].device_failed(error)
+
+    async def _conclude(self, failures: list[str], *, clean: bool) -> None:
+        """The record says that all is on disk, the backings learn of that record, and are let go of.
+        The volume is let go of last: whoever mounts it next must find its backings free."""
+        servers = self.servers.values()
+        backings = [each for server in servers for each in self._backings_of(server.group.record)]
+        try:
+            if clean:
+                await self.recorder.conclude()
+            if self._recovered:
+                await self.recorder.stamp(backings, durable=True)
+        except ClonefsError as error:
+            failures.append(error.reason)
+        for unit, _ in backings:
+            unit.close()
 
     def _event(self, line: str) -> None:
         log.info("%s", line)
@@ -275,6 +353,7 @@ class StorageSystem:
             source = await self._open_unit(backing, create_size=size)
             try:
                 async with self._allocation:
+                    await self._take_over(source)
                     record = self._new_group(name, source, size, extent_size)
                     await self.recorder.clear_durably(record.durable)
                     await self.recorder.commit(lambda whole: whole.with_group(record))
@@ -336,6 +415,7 @@ class StorageSystem:
             size = server.group.geometry.size
             unit = await self._open_unit(backing, create_size=size, size=size)
             try:
+                await self._take_over(unit)
                 # A checkpoint does not know of the new map, so none may run until the record has it.
                 async with server.flushing, server.held(), self._allocation:
                     record = self._new_clone(server.group, name, unit, sync=sync)

@@ -93,6 +93,7 @@ def status_json(
         else {
             "at": timestamp(recovery.at),
             "found": recovery.found,
+            "damage": list(recovery.damage),
             "done": list(recovery.done),
         },
         "groups": {group.name: _group_json(group) for group in groups},

@@ -8,7 +8,7 @@ What the maps have to look like before such a record may be committed is said wi
 and done by CloneGroup and by who commits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from msgspec.structs import replace
@@ -273,3 +273,42 @@ def without_trust(group: GroupRecord, counts: dict[str, int], *, lost: bool) -> 
         "damaged; write 1 to protected_restore to start it again, which drops what they have written"
     )
     return group.with_clone(replace(running, state=_S.REVERSE_OUT_OF_SYNC, reason=reason))
+
+
+_IN_DOUBT: dict[CloneState, str] = {
+    _S.FRACTURED: "look at what it holds before you restore from it",
+    _S.OUT_OF_SYNC: "nothing is copied by itself: sync it, once you know that its Source is good",
+    _S.REVERSE_OUT_OF_SYNC: "a restore from it does not go on by itself: if it is to, write 1 to "
+    "protected_restore, which drops what hosts have written since it began",
+}
+
+
+def in_doubt(
+    group: GroupRecord, reason: str, *, last: Mapping[str, CloneState], now: float
+) -> GroupRecord:
+    """The group of a volume that is not the one that its backings were in use with, for that
+    `reason`. Needs every Delta Map full and the Protected Restore Map empty. `last`: the last state
+    of each clone that anybody knows of.
+
+    No byte may be copied because of what such a record says: a clone that is called mirrored may be
+    the only good copy by now, and a restore that it knows of may be over. A clone that was fractured
+    stays so, but may have been written to."""
+    for clone in group.clones:
+        match last[clone.name]:
+            case _S.FRACTURED:
+                state, by = _S.FRACTURED, clone.split_by or SplitBy.ADMINISTRATOR
+            case _S.RESTORING | _S.REVERSE_OUT_OF_SYNC:
+                state, by = _S.REVERSE_OUT_OF_SYNC, clone.split_by or SplitBy.ADMINISTRATOR
+            case _:
+                state, by = _S.OUT_OF_SYNC, SplitBy.SYSTEM
+        doubtful = replace(
+            clone,
+            state=state,
+            split_by=by,
+            reason=f"{reason}; {_IN_DOUBT[state]}",
+            fractured_at=clone.fractured_at or now,
+            written=True,
+            then_fracture=False,
+        )
+        group = group.with_clone(doubtful)
+    return group

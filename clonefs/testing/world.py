@@ -47,6 +47,8 @@ class Disk:
     on_disk: bytearray
     unflushed: dict[int, list[bytes]] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
+    # The stamp on stable storage, and those since, oldest first.
+    stamps: list[str | None] = field(default_factory=lambda: [None])
 
     @classmethod
     def of(cls, content: bytearray) -> "Disk":
@@ -62,7 +64,8 @@ class Disk:
     def copy(self) -> "Disk":
         """The same, to be changed by somebody else."""
         unflushed = {start: list(versions) for start, versions in self.unflushed.items()}
-        return Disk(bytearray(self.content), bytearray(self.on_disk), unflushed, set(self.lost))
+        content, on_disk = bytearray(self.content), bytearray(self.on_disk)
+        return Disk(content, on_disk, unflushed, set(self.lost), list(self.stamps))
 
     def cut(self, rng: random.Random) -> None:
         """The power goes: each sector is as it was on disk, or as it has been at any time since."""
@@ -73,6 +76,7 @@ class Disk:
         self.content[:] = self.on_disk
         self.unflushed.clear()
         self.lost.clear()
+        self.stamps = [rng.choice(self.stamps)]
 
 
 @dataclass(slots=True)
@@ -298,6 +302,17 @@ class SimulatedUnit:
 
     def allocated(self) -> int:
         return self.size
+
+    def stamp(self) -> str | None:
+        return self.disk.stamps[-1]
+
+    def set_stamp(self, stamp: str, *, durable: bool) -> None:
+        self.world.point()
+        self.disk.stamps.append(stamp)
+        self.world.point()
+        if durable:
+            self.disk.stamps[:] = [stamp]
+            self.world.point()
 
     def close(self) -> None:
         pass

@@ -5,7 +5,7 @@ is the narrow interface; `BackingUnit` is a file or a block device, `MissingUnit
 could not be opened, and clonefs.testing has a simulated one.
 """
 
-from clonefs.units.backing import BackingUnit, file_under, open_backing
+from clonefs.units.backing import BackingUnit, file_under, open_backing, read_stamp
 from clonefs.units.flushing import FlushFailure
 from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
@@ -18,4 +18,5 @@ __all__ = [
     "MissingUnit",
     "file_under",
     "open_backing",
+    "read_stamp",
 ]

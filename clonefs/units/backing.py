@@ -25,6 +25,7 @@ from clonefs.units.protocol import Buffer, LogicalUnit
 
 THREADS = 8
 CHUNK = 1 << 20
+STAMP = "user.clonefs.volume"  # an extended attribute
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -211,6 +212,17 @@ class BackingUnit:
         except OSError:  # a network file system that is gone; reads and writes say so
             return 0
 
+    def stamp(self) -> str | None:
+        return None if self._is_device else read_stamp(self.fd)
+
+    def set_stamp(self, stamp: str, *, durable: bool) -> None:
+        if self._is_device:
+            return
+        with contextlib.suppress(OSError):  # a file system without attributes, or no room
+            os.setxattr(self.fd, STAMP, stamp.encode())
+            if durable:
+                os.fsync(self.fd)
+
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # a number that the next open file gets must not be used again
         beneath, self._beneath = self._beneath, None
@@ -231,6 +243,15 @@ class BackingUnit:
             return DeviceError(errno.ENOSPC, reason, self.name)
         reason = f"cannot {verb} {length} bytes at {offset} of {self.name}: {error.strerror}"
         return DeviceError(errno.EIO, reason, self.name)
+
+
+def read_stamp(file: int | str) -> str | None:
+    """The stamp of a regular file, by its descriptor or path; None if there is none. Of a device it
+    would be that of its node, which is not with its bytes; the kernel allows none there."""
+    try:
+        return os.getxattr(file, STAMP).decode("ascii", "replace")
+    except OSError:
+        return None
 
 
 class InlineWrites:

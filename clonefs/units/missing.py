@@ -43,6 +43,12 @@ class MissingUnit:
     def allocated(self) -> int:
         return 0
 
+    def stamp(self) -> str | None:
+        return None
+
+    def set_stamp(self, stamp: str, *, durable: bool) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

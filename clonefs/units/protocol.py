@@ -54,6 +54,14 @@ class LogicalUnit(Protocol):
     def allocated(self) -> int:
         """How many bytes the backing really holds."""
 
+    def stamp(self) -> str | None:
+        """What `set_stamp` has left with the backing last, in this life or an earlier one; None if
+        there is nothing, or no place for it."""
+
+    def set_stamp(self, stamp: str, *, durable: bool) -> None:
+        """Leave a short text with the backing, beside its bytes; `durable`: on stable storage. May
+        block. Where there is no place for it, or that fails, the one before stays."""
+
     def close(self) -> None:
         """Let go of the backing. Nothing may be under way."""
 

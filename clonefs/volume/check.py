@@ -67,6 +67,7 @@ class Fault(StrEnum):
     STRUCTURE = "structure"
     MAP_SLOT = "map slot"
     BITS_BEYOND_THE_END = "bits beyond the end"
+    LIVE_MAPS = "live maps"
     NOT_EQUAL = "not equal"
     LEFT_PROTECTED = "left protected"
     PENDING_UNMARKED = "pending unmarked"
@@ -202,12 +203,14 @@ def _claim(slot: RecordSlot, newest: RecordSlot | None) -> str:
 
 
 def _copy_into(contents: Contents, slot: RecordSlot, newest: RecordSlot | None) -> Writes:
-    """The newest record as a still newer one in `slot`; the newest itself is never touched."""
+    """A second copy of the newest record in `slot`; the newest itself is never touched. The copy is
+    the older one: if the slot held a newer record once, backings know its number, and must go on to
+    miss it."""
     if newest is None or newest.generation is None or newest is slot:
         return ()
-    generation = newest.generation + 1
+    generation = newest.generation - 1
     if generation % 2 != slot.number:
-        generation += 1  # the newest lies in the wrong slot
+        generation = newest.generation + 2  # the newest lies in the wrong slot
     data = layout.pack_record(contents.superblock, generation, newest.payload)
     return ((slot.offset, data),)
 
@@ -307,10 +310,17 @@ class _Group:
         )
 
     def examine(self) -> Iterator[Finding]:
-        yield from self._beyond_the_end()
+        beyond = tuple(self._beyond_the_end())
+        yield from beyond
+        if self._overwritten() and not beyond:
+            text = (
+                "its live maps are not what the volume was closed with; the next mount fills them "
+                "from the durable ones"
+            )
+            yield _wrong(Fault.LIVE_MAPS, self._group.name, text)
         yield from self._delta_sectors()
         yield from self._protected_sectors()
-        if self._trusted:
+        if self._trusted and not self._overwritten():
             yield from self._live_maps()
         yield from self._missing_in_delta()
 
@@ -318,6 +328,10 @@ class _Group:
 
     def _live(self, slot: MapSlot) -> bitarray:
         return live_map(self._medium, slot)[: self._extents]
+
+    def _overwritten(self) -> bool:
+        found = layout.live_checksum(self._medium.view, self._group.live_slots())
+        return self._clean and self._group.live_checksum not in (None, found)
 
     def _beyond_the_end(self) -> Iterator[Finding]:
         name = self._group.name

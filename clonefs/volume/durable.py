@@ -119,8 +119,9 @@ class DurableMap:
     """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`.
 
     `epoch` is the number of the restore that the bits belong to; 0 where that does not matter.
-    `damaged` are the sectors of which no copy could be read; `newest_epoch` is the highest number
-    that was found: one above the record's means that the record which began that restore is lost.
+    `damaged` are the sectors of which no copy could be read, `single` those of which only one could;
+    `newest_epoch` is the highest number that was found: one above the record's means that the record
+    which began that restore is lost.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class DurableMap:
         self.writing: set[int] = set()
         self.damaged: list[int] = []
         self.newest_epoch = epoch  # that any sector has
+        self.single: list[int] = []
         self._uuid = uuid
         self._offsets = offsets
         self._generations = [0] * self.sectors
@@ -157,6 +159,8 @@ class DurableMap:
                 if damaged_as:
                     self.unwritten.add(sector)
                 continue
+            if None in found:
+                self.single.append(sector)
             newest = max(sound, key=lambda each: each.generation)
             if any(each != newest for each in found):
                 self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them

@@ -23,6 +23,7 @@ Everything is little endian. This module packs and unpacks; it does no I/O.
 
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from clonefs.errors import ClonefsError, failed, full
@@ -141,6 +142,15 @@ def glance_at_record(slot: bytes) -> tuple[int, bytes] | None:
 def live_map_length(extents: int) -> int:
     """Bytes that the slot of a live map of that many extents takes: whole pages."""
     return _pages((extents + 7) // 8)
+
+
+def live_checksum(view: memoryview, slots: Iterable[MapSlot]) -> int:
+    """The CRC-32 of the live maps in `slots`, in that order. `view`: the whole volume."""
+    checksum = 0
+    for slot in slots:
+        with view[slot.offset : slot.offset + slot.length] as pages:
+            checksum = zlib.crc32(pages, checksum)
+    return checksum
 
 
 def durable_maps_length(extents: int) -> int:

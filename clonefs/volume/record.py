@@ -61,6 +61,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `durable` are the pages that belong to the group's durable maps (data-format.md). `epoch` is the
     number of the last restore: sectors of the PPRM with another number count as empty. `void`: a
     restore has begun again, and what the live map in `protected` says is of the time before.
+    `live_checksum` is that of the live maps when the volume was closed cleanly, else None.
     """
 
     name: str
@@ -72,6 +73,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clones: tuple[CloneRecord, ...] = ()
     epoch: int = 0
     void: bool = False
+    live_checksum: int | None = None
 
     def clone(self, name: str) -> CloneRecord:
         """The clone of that name. Raises KeyError."""
@@ -97,8 +99,12 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def slots(self) -> Iterator[MapSlot]:
         """Every slot that the group owns."""
-        yield self.protected
         yield self.durable
+        yield from self.live_slots()
+
+    def live_slots(self) -> Iterator[MapSlot]:
+        """The slots of its live maps."""
+        yield self.protected
         for clone in self.clones:
             yield clone.delta
 

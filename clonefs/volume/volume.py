@@ -13,6 +13,7 @@ import stat
 import struct
 import threading
 import uuid as uuid_module
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -36,8 +37,9 @@ class MetadataVolume:
     """A volume on `medium`, of which nobody else may be writing.
 
     `trusted`: the live maps are what the daemon before left, bit for bit. It closed the volume, or
-    it died while this boot of the machine went on (`boot_id`). `damage`: what is wrong with the other
-    record, a sentence each. Raises ClonefsError.
+    it died while this boot of the machine went on (`boot_id`). `overwritten` are the groups whose live
+    maps have changed all the same, `damage` sentences about the record that is not in use. Raises
+    ClonefsError.
     """
 
     def __init__(self, medium: Medium, boot_id: str) -> None:
@@ -56,6 +58,18 @@ class MetadataVolume:
             _check_lengths(group)
         self.boot_id = boot_id
         self.trusted = self.record.trusts_live_maps(boot_id)
+        self.overwritten = frozenset(self._overwritten())
+
+    def _overwritten(self) -> Iterator[str]:
+        """Groups whose live maps are not what the volume was closed with."""
+        for group in self.record.groups if self.record.clean else ():
+            found = layout.live_checksum(self._medium.view, group.live_slots())
+            if group.live_checksum not in (None, found):
+                yield group.name
+
+    def trusts(self, group: GroupRecord) -> bool:
+        """Whether the live maps of that group may be taken as they stand."""
+        return self.trusted and group.name not in self.overwritten
 
     @property
     def uuid(self) -> str:
@@ -118,6 +132,14 @@ class MetadataVolume:
         except ClonefsError:
             return False
         return True
+
+    def overtake(self, generation: int, record: Record) -> None:
+        """Commit `record` as newer than `generation`, in both slots: what else they hold is older
+        than it seems. Blocks. Raises ClonefsError."""
+        step = max(0, generation - self.generation)
+        self.generation += step + step % 2  # even: the record that there is stays until the new one
+        self.commit(record)
+        self.commit(record)
 
     def write_durably(self, offset: int, data: bytes) -> None:
         """Write sectors of a durable map. Blocks. Raises ClonefsError (EIO), and from then on
@@ -193,16 +215,27 @@ class MetadataVolume:
             with self._committing:
                 raise self._break(error, "no state can change") from error
 
-    def close(self, *, clean: bool) -> None:
-        """Let go of the volume. `clean`: all units are flushed and the maps are final.
+    def conclude(self) -> None:
+        """Say that all units are flushed and the maps are final. Blocks.
 
-        Raises ClonefsError if that cannot be made durable; the volume is closed all the same, and
-        the next mount recovers.
+        Raises ClonefsError if that cannot be made durable: then the next mount recovers.
         """
+        self._flush_maps()
+        groups = tuple(
+            msgspec.structs.replace(
+                group,
+                live_checksum=layout.live_checksum(self._medium.view, group.live_slots()),
+            )
+            for group in self.record.groups
+        )
+        self.commit(msgspec.structs.replace(self.record, clean=True, groups=groups))
+
+    def close(self, *, clean: bool) -> None:
+        """Let go of the volume; `clean`: conclude it first, and let go of it whatever comes of that.
+        Raises ClonefsError like `conclude`."""
         try:
             if clean:
-                self._flush_maps()
-                self.commit(msgspec.structs.replace(self.record, clean=True))
+                self.conclude()
         finally:
             for extents in self._maps.values():
                 extents.release()
@@ -237,7 +270,7 @@ def _check_lengths(group: GroupRecord) -> None:
         )
 
 
-def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record, list[str]]:
+def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record, tuple[str, ...]]:
     found: list[tuple[int, Record]] = []
     reasons = []
     for number, letter in ((0, "A"), (1, "B")):
@@ -255,8 +288,7 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record,
             )
     if not found:
         raise failed(f"{medium.name} is damaged, or newer than this clonefs: {'; '.join(reasons)}")
-    generation, record = max(found, key=lambda pair: pair[0])
-    return generation, record, reasons
+    return *max(found, key=lambda pair: pair[0]), tuple(reasons)
 
 
 def format_medium(medium: Medium, uuid: bytes) -> None:

@@ -6,7 +6,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounts.mount import Mount, mounted, patience
+from tests.mounts.mount import KILLS, Mount, mounted, patience
+
+TURNS = 10
+TAKES_TURNS = ("tests.mounts.test_crash", "tests.mounts.test_crash_file_systems")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many daemons were killed, and what they were doing."""
+    if KILLS:
+        listed = ", ".join(f"{count} {what}" for what, count in sorted(KILLS.items()))
+        terminalreporter.write_line(f"SIGKILL of the daemon: {KILLS.total()} times: {listed}")
+        terminalreporter.write_line(f"their moments: --seed={config.getoption('--seed')}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With --long, whatever kills at random moments does so ten times as often: each turn has random
+    numbers of its own."""
+    if metafunc.config.getoption("--long") and metafunc.module.__name__ in TAKES_TURNS:
+        metafunc.fixturenames.append("_turn")
+        metafunc.parametrize("_turn", range(TURNS))
+
+
+@pytest.fixture
+def _turn() -> None:
+    """Which turn it is; only in the name of the test, and so in its seed."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Hosts that write and read while something happens to the mount.
 
-A `Writer` is a thread that remembers what was acknowledged; a `Host` is a process of its own that
-writes to an area of its own and reads it again. Both can say whether a byte was lost.
+A `Writer` is a thread that remembers what was acknowledged; a `FileWriter` is one that makes files in
+a file system, and remembers what was flushed; a `Host` is a process of its own that writes to an area
+of its own and reads it again. All can say whether a byte was lost.
 """
 
 import os
@@ -19,10 +20,13 @@ class Writer(threading.Thread):
     until a write fails.
 
     `expected`: what the file must hold, as far as it was acknowledged. `doubtful`: the bytes of the
-    write that failed, which may have been written or not; None if there is none.
+    write that failed, which may have been written or not; None if there is none. `start`: the byte of
+    the file at which its area begins; everything else is counted from there.
     """
 
-    def __init__(self, path: Path, expected: bytes, seed: object, extent: int) -> None:
+    def __init__(
+        self, path: Path, expected: bytes, seed: object, extent: int, *, start: int = 0
+    ) -> None:
         super().__init__(name=f"writer of {path}", daemon=True)
         self.expected = bytearray(expected)
         self.doubtful: range | None = None
@@ -31,6 +35,7 @@ class Writer(threading.Thread):
         self.error: OSError | None = None
         self.written: set[int] = set()
         self._path = path
+        self._start = start
         self._random = random.Random(str(seed))
         self._extent = extent
         self._stop_it = threading.Event()
@@ -46,7 +51,7 @@ class Writer(threading.Thread):
     def _write_once(self, fd: int) -> None:
         offset, data = self._choose()
         self.doubtful, self.doubtful_data = range(offset, offset + len(data)), data
-        assert os.pwrite(fd, data, offset) == len(data)
+        assert os.pwrite(fd, data, self._start + offset) == len(data)
         self.expected[offset : offset + len(data)] = data
         self.written |= touched(offset, len(data), self._extent)
         self.doubtful = None
@@ -107,6 +112,88 @@ class Writer(threading.Thread):
         if self.doubtful is None:
             return set()
         return touched(self.doubtful.start, len(self.doubtful), self._extent)
+
+
+class FileWriter(threading.Thread):
+    """Makes files in a directory, and removes old ones, until one of these fails.
+
+    `files`: what was there before, by name. Of what it does itself it remembers what was begun, and
+    what a successful fsync has covered; only the latter is promised to anybody.
+    """
+
+    MOST = 24  # files
+
+    def __init__(self, where: Path, name: str, seed: object, files: dict[str, bytes]) -> None:
+        super().__init__(name=f"writer below {where}", daemon=True)
+        self.flushed = dict(files)
+        self.begun: dict[str, bytes] = {}
+        self.being_removed: set[str] = set()
+        self.removed: set[str] = set()
+        self.error: OSError | None = None
+        self._where = where
+        self._name = name
+        self._random = random.Random(str(seed))
+
+    def run(self) -> None:
+        try:
+            while True:
+                self._make_a_file()
+                if len(self.flushed) > self.MOST:
+                    self._remove_a_file()
+        except OSError as error:
+            self.error = error
+
+    def _make_a_file(self) -> None:
+        name = f"{self._name} {len(self.begun)}"
+        data = self.begun[name] = self._random.randbytes(self._random.randint(1, 48 << 10))
+        with opened(self._where / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            assert os.write(fd, data) == len(data)
+            if self._random.random() < 0.6:
+                os.fsync(fd)
+                self._flush_the_directory()
+                self.flushed[name] = data
+
+    def _remove_a_file(self) -> None:
+        name = self._random.choice(sorted(self.flushed))
+        self.being_removed.add(name)
+        (self._where / name).unlink()
+        self._flush_the_directory()
+        self.being_removed.remove(name)
+        self.removed.add(name)
+        del self.flushed[name]
+
+    def _flush_the_directory(self) -> None:
+        with opened(self._where, os.O_RDONLY | os.O_DIRECTORY) as fd:
+            os.fsync(fd)
+
+    def failed(self) -> None:
+        """The disk is gone: return when the writer has seen it."""
+        self.join(DEADLINE_S)
+        assert not self.is_alive()
+        assert self.error is not None
+
+    def check(self, what: str) -> dict[str, bytes]:
+        """What was flushed is there, what was removed for good is not, and of the rest there is what
+        had come to the disk, and not a byte of anything else. Returns what there is."""
+        found = {path.name: path.read_bytes() for path in self._where.iterdir()}
+        for name, data in self.flushed.items():
+            if name not in self.being_removed or name in found:
+                assert name in found, f"{what}: {name} was flushed and is lost"
+                assert_same(found[name], data, f"{what}: {name}")
+        assert self.removed.isdisjoint(found), f"{what}: what was removed is there again"
+        for name in found.keys() - self.flushed.keys():
+            data = self.begun[name]  # KeyError: nobody has ever made it
+            assert _data_or_zeros(found[name], data), f"{what}: {name} holds what nobody wrote"
+        return found
+
+
+def _data_or_zeros(found: bytes, data: bytes) -> bool:
+    """ext4 gives a file its blocks and its size before their data: what did not come to the disk is
+    missing at the end, or reads as zeros."""
+    sectors = (slice(at, at + 512) for at in range(0, len(found), 512))
+    return len(found) <= len(data) and all(
+        found[each] == data[: len(found)][each] or not any(found[each]) for each in sectors
+    )
 
 
 _HOST = """

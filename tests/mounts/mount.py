@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from clonefs.volume import MapSlot, format_volume, open_volume, was_closed_cleanly
+from clonefs.volume import CloneState, MapSlot, format_volume, open_volume, was_closed_cleanly
 
 T = TypeVar("T")
 
@@ -36,6 +37,9 @@ DEADLINE_S = 60.0
 KiB = 1 << 10
 MiB = 1 << 20
 EXTENT = 64 * KiB
+
+# How often a daemon was killed in this run, by what it was doing.
+KILLS: Counter[str] = Counter()
 
 _LIVE: "set[Mount]" = set()
 _DEAD_MOUNT = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -346,6 +350,18 @@ class Mount:
         self.signal(signal.SIGKILL)
         assert self.wait_for_end() == -signal.SIGKILL
         run("umount", "--lazy", self.mountpoint)
+        KILLS[self._what_it_did()] += 1
+
+    def _what_it_did(self) -> str:
+        """What a daemon that is dead was doing, by the record that it has left."""
+        volume = open_volume(self.meta)
+        try:
+            states = {clone.state for group in volume.record.groups for clone in group.clones}
+        finally:
+            volume.close(clean=False)
+        if CloneState.RESTORING in states:
+            return "in a restore"
+        return "in a sync" if CloneState.SYNCHRONIZING in states else "in steady state"
 
     def start_over_dead(self) -> None:
         """Mount where a dead mount still is."""
@@ -368,6 +384,7 @@ class Mount:
         self.signal(signal.SIGKILL)
         assert self.wait_for_end() == -signal.SIGKILL
         _unmount_all_below(self.work)
+        KILLS["while it starts"] += 1
 
     def start_if_dead(self) -> None:
         """Mount again after a test in which the daemon has died: that test has failed, and what
@@ -559,21 +576,24 @@ def mounted(work: Path, *, options: str = "", volume_size: int = 4 * MiB) -> Ite
 # Loop devices and file systems ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Loop:
     """A loop device."""
 
     path: Path
+    _ours: bool = True
 
     @property
     def _backing(self) -> Path:
         return Path("/sys/block", self.path.name, "loop/backing_file")
 
     def detach(self) -> None:
-        """Detach it, and return when it has let go of its backing."""
-        if self._backing.exists():
+        """Detach it, and return when it has let go of its backing. Only once: then the device may be
+        somebody else's."""
+        if self._ours and self._backing.exists():
             run("losetup", "--detach", self.path)
             wait_for(lambda: not self._backing.exists(), f"for {self.path} to be free")
+        self._ours = False
 
     def forget_pages(self) -> None:
         """Make the kernel forget what it has cached of the device."""
@@ -581,10 +601,17 @@ class Loop:
 
 
 def attach(
-    cleanup: contextlib.ExitStack, path: Path, *, direct: bool = False, read_only: bool = False
+    cleanup: contextlib.ExitStack,
+    path: Path,
+    *,
+    direct: bool = False,
+    read_only: bool = False,
+    size: int | None = None,
 ) -> Loop:
-    """A loop device on `path`. It is detached with `cleanup`, if not before."""
+    """A loop device on `path`, or on its first `size` bytes. It is detached with `cleanup`, if not
+    before."""
     options = ["--direct-io=on"] if direct else []
+    options += [f"--sizelimit={size}"] if size else []
     options += ["--read-only"] if read_only else []
     loop = Loop(Path(run("losetup", "--find", "--show", *options, path).strip()))
     cleanup.callback(loop.detach)
