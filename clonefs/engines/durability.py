@@ -65,11 +65,14 @@ class Durability:
 
     async def include_live_maps(self) -> None:
         """After a death of the daemon in the same boot: what the live maps have, the PDM must have."""
-        union = self._group.live_union(0, self.delta.extents)
-        for first, stop in runs(union):
-            self.delta.mark(first, stop)
+        self.mark_live_maps()
         await self.settle(self.delta)
         await self.settle(self.protected)
+
+    def mark_live_maps(self) -> None:
+        """Mark what the live maps have, in memory only."""
+        for first, stop in runs(self._group.live_union(0, self.delta.extents)):
+            self.delta.mark(first, stop)
 
     async def settle(self, durable: DurableMap) -> None:
         """All that is marked in `durable` is on stable storage. Raises ClonefsError."""

@@ -104,12 +104,15 @@ class StorageSystem:
         recovered = tuple(each.group.record for each in loaded)
         await self.recorder.commit(lambda _: replace(self.volume.opened(), groups=recovered))
         self._recovered = True
+        self._say_whether_trusted()
+        for each in loaded:
+            await self._open_group(each)
+
+    def _say_whether_trusted(self) -> None:
         if not self.volume.trusted:
             self._event(
                 "recovery: the machine went down; the live maps are filled from the durable ones"
             )
-        for each in loaded:
-            await self._open_group(each)
 
     async def _open_group(self, loaded: Loaded) -> None:
         record = loaded.group.record
@@ -136,10 +139,20 @@ class StorageSystem:
     def _add_server(
         self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
     ) -> GroupServer:
+        server = self._make_server(loaded, source, clones)
+        self.servers[server.name] = server
+        self.sources[server.name] = SourceLu(server, CodEngine(server))
+        assert self._nursery is not None
+        self._nursery.start_soon(self._checkpoints, server)
+        return server
+
+    def _make_server(
+        self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
+    ) -> GroupServer:
         durability = Durability(
             loaded.group, self.recorder, loaded.delta, loaded.protected, self._run_ahead
         )
-        server = GroupServer(
+        return GroupServer(
             loaded.group,
             source,
             clones,
@@ -148,11 +161,6 @@ class StorageSystem:
             self._state_changed,
             durability,
         )
-        self.servers[server.name] = server
-        self.sources[server.name] = SourceLu(server, CodEngine(server))
-        assert self._nursery is not None
-        self._nursery.start_soon(self._checkpoints, server)
-        return server
 
     async def _checkpoints(self, server: GroupServer) -> None:
         """Trim the durable maps of a group every now and then."""

@@ -62,13 +62,25 @@ def _one_line(text: str | None) -> str:
 
 
 def _error(control: Control, where: Where) -> Content:
-    """Why the last command in this directory was refused; else what is wrong with the thing."""
-    sentence = control.errors.get(where)
-    if sentence is None and len(where) == 1:
-        sentence = control.group(where[0]).error
-    elif sentence is None and len(where) == 2:
-        sentence = control.clone(where[0], where[1]).error
-    return f"{_one_line(sentence)}\n"
+    """Why the last command in this directory was refused; else what is wrong with the thing. In a
+    read-only mount both: there the kernel refuses commands without asking."""
+    refused = control.errors.get(where)
+    broken = control.system.volume.broken
+    if control.system.volume.read_only and broken is not None:
+        sentences = [broken.reason, _trouble(control, where)]
+    else:
+        sentences = [_trouble(control, where) if refused is None else refused]
+    return f"{_one_line('; '.join(filter(None, sentences)))}\n"
+
+
+def _trouble(control: Control, where: Where) -> str | None:
+    match where:
+        case (group,):
+            return control.group(group).error
+        case (group, clone):
+            return control.clone(group, clone).error
+        case _:
+            return None
 
 
 def _map(extents: ExtentMap) -> Content:

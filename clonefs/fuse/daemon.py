@@ -16,7 +16,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from clonefs.engines import Recorder, StorageSystem
+from clonefs.engines import ReadOnlySystem, Recorder, StorageSystem
 from clonefs.errors import ClonefsError, busy, failed
 from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
@@ -40,7 +40,7 @@ def serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], Non
     Raises ClonefsError for whatever keeps it from mounting, or from closing cleanly.
     """
     parsed = parse_options(options, uid=os.getuid(), gid=os.getgid())
-    volume = open_volume(meta.absolute())
+    volume = open_volume(meta.absolute(), read_only=parsed.read_only)
     daemon = Daemon(volume, mountpoint.absolute(), parsed, on_ready)
     try:
         trio.run(daemon.run)
@@ -72,7 +72,8 @@ class Daemon:
         self._device: int | None = None
         self._stale: set[tuple[str, str]] = set()
         self._stale_event = trio.Event()
-        self._system = StorageSystem(
+        kind = ReadOnlySystem if volume.read_only else StorageSystem
+        self._system = kind(
             Recorder(volume),
             self._open_unit,
             forget_pages=self._forget_pages,
@@ -112,6 +113,8 @@ class Daemon:
             "subtype=clonefs",
             *self._options.kernel,
         }
+        if self._options.read_only:
+            options.add("ro")
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), options)
         except RuntimeError as error:
@@ -160,7 +163,13 @@ class Daemon:
     ) -> LogicalUnit:
         await trio.to_thread.run_sync(self._refuse_own_files, path, abandon_on_cancel=True)
         return await trio.to_thread.run_sync(
-            functools.partial(open_backing, path, create_size=create_size, size=size)
+            functools.partial(
+                open_backing,
+                path,
+                create_size=create_size,
+                size=size,
+                read_only=self._options.read_only,
+            )
         )
 
     def _refuse_own_files(self, path: Path) -> None:

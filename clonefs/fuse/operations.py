@@ -209,6 +209,8 @@ class Operations(pyfuse3.Operations):
         control = node.control
         assert control is not None
         access = flags & os.O_ACCMODE
+        if access != os.O_RDONLY and control.write is not None:
+            self._refuse_if_read_only(node.where)
         if (access != os.O_WRONLY and control.read is None) or (
             access != os.O_RDONLY and control.write is None
         ):
@@ -219,6 +221,12 @@ class Operations(pyfuse3.Operations):
         handle = self._new_handle()
         self._controls[handle] = ControlHandle(node, content)
         return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    def _refuse_if_read_only(self, where: tuple[str, ...]) -> None:
+        """The kernel refuses it before; but somebody may have remounted it with rw."""
+        volume = self._control.system.volume
+        if volume.read_only and volume.broken is not None:
+            self._refused(where, volume.broken)
 
     def _new_handle(self) -> FileHandleT:
         handle = FileHandleT(self._next_handle)

@@ -74,7 +74,7 @@ def status_json(volume: MetadataVolume, groups: Iterable[GroupStatistics]) -> st
             "size": volume.superblock.size,
             "used": volume.used,
         },
-        "daemon": {"pid": os.getpid()},
+        "daemon": {"pid": os.getpid(), "read_only": volume.read_only},
         "groups": {group.name: _group_json(group) for group in groups},
     }
     return json.dumps(status, indent=2) + "\n"

@@ -5,8 +5,8 @@ is the narrow interface; `BackingUnit` is a file or a block device, `MissingUnit
 could not be opened, and clonefs.testing has a simulated one.
 """
 
-from clonefs.units.backing import BackingUnit, open_backing
+from clonefs.units.backing import BackingUnit, open_alone, open_backing
 from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
 
-__all__ = ["BackingUnit", "Buffer", "LogicalUnit", "MissingUnit", "open_backing"]
+__all__ = ["BackingUnit", "Buffer", "LogicalUnit", "MissingUnit", "open_alone", "open_backing"]

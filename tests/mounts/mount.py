@@ -317,7 +317,8 @@ class Mount:
         # little later.
         wait_for(self._try_umount, f"for {self.mountpoint} to be free", deadline_s=10.0)
         assert self.wait_for_end() == 0
-        assert was_closed_cleanly(self.meta)
+        if "ro" not in self.options.split(","):
+            assert was_closed_cleanly(self.meta)
 
     def _try_umount(self) -> bool:
         try:
@@ -377,9 +378,10 @@ class Mount:
             self.process = None
             self.start()
 
-    def remount(self) -> None:
-        """Unmount and mount again."""
+    def remount(self, options: str | None = None) -> None:
+        """Unmount and mount again, with the same options or with these."""
         self.umount()
+        self.options = self.options if options is None else options
         self.start()
 
     def close(self) -> None:
@@ -559,11 +561,12 @@ def mounted(work: Path, *, options: str = "", volume_size: int = 4 * MiB) -> Ite
 # Loop devices and file systems ---------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loop:
     """A loop device."""
 
     path: Path
+    attached: bool = True
 
     @property
     def _backing(self) -> Path:
@@ -571,7 +574,9 @@ class Loop:
 
     def detach(self) -> None:
         """Detach it, and return when it has let go of its backing."""
-        if self._backing.exists():
+        # Once only: the number may be somebody else's by now.
+        if self.attached:
+            self.attached = False
             run("losetup", "--detach", self.path)
             wait_for(lambda: not self._backing.exists(), f"for {self.path} to be free")
 
