@@ -355,7 +355,7 @@ def test_umount_of_a_read_only_mount_waits_for_the_daemon_itself(
     unmounting: Unmounting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wait_for_end(descriptors: list[int], *_: object) -> None:
-        assert os.readlink(f"/proc/self/fd/{descriptors[0]}") == "anon_inode:[pidfd]"
+        assert str(Path(f"/proc/self/fd/{descriptors[0]}").readlink()) == "anon_inode:[pidfd]"
         unmounting.done.append("ended")
 
     monkeypatch.setattr(select, "select", wait_for_end)
