@@ -56,6 +56,8 @@ class GroupServer:
         self.flushing = trio.Lock()
         self.counts = CopyCounts()
         self.faults: dict[str, str] = {}
+        # When what the Source shows was last changed: by a host, or by a restore that began.
+        self.modified = source.modified()
         self._wall_clock = wall_clock
         self.durability = durability
         self._on_change = on_change
@@ -114,6 +116,8 @@ class GroupServer:
 
     def _changed(self, before: GroupRecord) -> None:
         self.durability.adopted()
+        if self.group.record.epoch != before.epoch:  # a restore begins, or begins again
+            self.modified = self.now()
         self._on_change(before, self.group.record)
         self.wake()
 

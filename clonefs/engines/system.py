@@ -54,7 +54,8 @@ class StorageSystem:
     """The groups of the volume that `recorder` commits to.
 
     `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
-    seconds since the epoch; `on_event` gets one line for each change of state;
+    seconds since the epoch; `on_event` gets one line for each change of state, `on_change` the names
+    of the group and the clone before that;
     `run` is how many bytes a Sync Engine copies at a time, `checkpoint` the seconds between
     checkpoints of the durable maps, `run_ahead` the extents that are marked in them at once.
     """
@@ -67,6 +68,7 @@ class StorageSystem:
         forget_pages: Callable[[str], Awaitable[None]],
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
+        on_change: Callable[..., None] = lambda *place: None,
         run: int = RUN,
         checkpoint: float = CHECKPOINT,
         run_ahead: int = RUN_AHEAD,
@@ -81,6 +83,7 @@ class StorageSystem:
         self._forget_pages = forget_pages
         self._wall_clock = wall_clock
         self._on_event = on_event
+        self._on_change = on_change
         self._checkpoint = checkpoint
         self._run_ahead = run_ahead
         self._engines: dict[tuple[str, str], trio.CancelScope] = {}
@@ -226,7 +229,9 @@ class StorageSystem:
             except OSError as error:
                 failures.append(f"{unit.name}: {error.strerror}")
 
-    def _event(self, line: str) -> None:
+    def _event(self, line: str, *place: str) -> None:
+        if place:
+            self._on_change(*place)
         log.info("%s", line)
         self._on_event(line)
 
@@ -235,11 +240,15 @@ class StorageSystem:
         for clone in after.clones:
             was = old.get(clone.name)
             if was is None:
-                self._event(f"{after.name}/{clone.name} added: {clone.state}")
+                self._event(
+                    f"{after.name}/{clone.name} added: {clone.state}", after.name, clone.name
+                )
             elif was is not clone.state:
-                self._event(f"{after.name}/{clone.name} {was} -> {clone.state}")
+                self._event(
+                    f"{after.name}/{clone.name} {was} -> {clone.state}", after.name, clone.name
+                )
         for name in old.keys() - {clone.name for clone in after.clones}:
-            self._event(f"{after.name}/{name} removed")
+            self._event(f"{after.name}/{name} removed", after.name, name)
 
     # Look-up
 
@@ -272,7 +281,7 @@ class StorageSystem:
                 source.discard()
                 raise
             self._add_server(load(self.volume, record), source, {})
-            self._event(f"{name} added")
+            self._event(f"{name} added", name)
 
     def _new_group(
         self, name: str, source: LogicalUnit, size: int | None, extent_size: int | None
@@ -314,7 +323,7 @@ class StorageSystem:
             self._checkpointers.pop(name).cancel()
             async with server.flushing:
                 server.source.close()
-            self._event(f"{name} removed")
+            self._event(f"{name} removed", name)
 
     async def add_clone(self, group: str, name: str, backing: Path, *, sync: bool) -> None:
         """A new clone, all of which may differ from its Source; `sync` begins to copy."""

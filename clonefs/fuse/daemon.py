@@ -23,6 +23,7 @@ from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
 from clonefs.fuse.render import timestamp
 from clonefs.fuse.tree import SOURCE, Tree
+from clonefs.fuse.watch import Watch
 from clonefs.units import LogicalUnit, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
@@ -79,11 +80,13 @@ class Daemon:
             forget_pages=self._forget_pages,
             wall_clock=time.time,
             on_event=self._event,
+            on_change=self._changed,
         )
+        self._watch = Watch()
         self._control = Control(self._system, self._in_use)
         self._tree = Tree(self._system, self._control, options, time.time_ns())
         self._operations = Operations(
-            self._tree, self._control, options, self._opened_with_truncation
+            self._tree, self._control, options, self._opened_with_truncation, self._watch
         )
 
     async def run(self) -> None:
@@ -127,6 +130,7 @@ class Daemon:
     async def _serve(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
+            nursery.start_soon(self._watch.run)
             await pyfuse3.main(min_tasks=IDLE_READERS, max_tasks=REQUESTS_AT_ONCE)
             nursery.cancel_scope.cancel()
 
@@ -193,7 +197,13 @@ class Daemon:
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, node.inode)
 
     def _event(self, line: str) -> None:
-        self._control.events += f"{timestamp(time.time())} {line}\n".encode()
+        self._control.events.append(f"{timestamp(time.time())} {line}")
+        self._watch.stir()
+
+    def _changed(self, *place: str) -> None:
+        """The state of the group, or of its clone, has changed, or it has come or gone."""
+        for depth in range(len(place) + 1):
+            self._control.changed[place[:depth]] = time.time()
 
     def _opened_with_truncation(self, group: str, name: str) -> None:
         self._stale.add((group, name))

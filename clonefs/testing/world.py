@@ -199,6 +199,9 @@ class SimulatedUnit:
     def allocated(self) -> int:
         return self.size
 
+    def modified(self) -> float | None:
+        return None
+
     def close(self) -> None:
         pass
 

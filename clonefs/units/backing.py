@@ -208,6 +208,12 @@ class BackingUnit:
         except OSError:  # a network file system that is gone; reads and writes say so
             return 0
 
+    def modified(self) -> float | None:
+        try:
+            return None if self._is_device else os.fstat(self.fd).st_mtime
+        except OSError:
+            return None
+
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # a number that the next open file gets must not be used again
         os.close(fd)

@@ -43,6 +43,9 @@ class MissingUnit:
     def allocated(self) -> int:
         return 0
 
+    def modified(self) -> float | None:
+        return None
+
     def close(self) -> None:
         pass
 

@@ -54,6 +54,9 @@ class LogicalUnit(Protocol):
     def allocated(self) -> int:
         """How many bytes the backing really holds."""
 
+    def modified(self) -> float | None:
+        """When the backing was last written to, in seconds since the epoch; None if nobody knows."""
+
     def close(self) -> None:
         """Let go of the backing. Nothing may be under way."""
 

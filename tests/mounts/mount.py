@@ -270,6 +270,7 @@ class Mount:
     work: Path
     options: str = ""
     volume_size: int = 4 * MiB
+    program: tuple[str, ...] = ("-m", "clonefs")
     process: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
@@ -293,7 +294,7 @@ class Mount:
 
     def _launch(self) -> None:
         assert self.process is None
-        command = [sys.executable, "-W", "error", "-m", "clonefs", "mount", "-f"]
+        command = [sys.executable, "-W", "error", *self.program, "mount", "-f"]
         if self.options:
             command += ["-o", self.options]
         with self.log.open("ab") as log:
