@@ -145,6 +145,7 @@ class Durability:
                     if first < stop and start < end:
                         bits[max(first, start) - start : min(end, stop) - start] = 0
                 self.delta.clear(bits, start)
+                await trio.lowlevel.checkpoint()
         finally:
             group.touched = None
         await self.settle(self.delta)
