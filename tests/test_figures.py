@@ -300,6 +300,7 @@ class hold_the_sweep:  # noqa: N801 - used like a function
 
     def __init__(self, r: Rig) -> None:
         self._group = r.group
+        self._server = r.system.servers["group"]
 
     def __enter__(self) -> None:
         self._patch = pytest.MonkeyPatch()
@@ -307,3 +308,4 @@ class hold_the_sweep:  # noqa: N801 - used like a function
 
     def __exit__(self, *exc: object) -> None:
         self._patch.undo()
+        self._server.wake()  # an engine that has found nothing meanwhile waits for something to end
