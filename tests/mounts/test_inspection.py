@@ -16,9 +16,12 @@ import pytest
 from clonefs.volume import open_volume
 from tests.mounts.mount import (
     Clone,
+    Group,
     KiB,
     MiB,
     Mount,
+    attach,
+    mount_disk,
     mounted,
     noise,
     opened,
@@ -629,3 +632,76 @@ def test_without_allow_other_nobody_else_sees_the_tree(tmp_path: Path) -> None:
         ):
             assert as_user(NOBODY, NOBODY, code, path) == str(errno.EACCES)
         assert clone.state == "synchronized"
+
+
+# What the contract promises beside that -------------------------------------------------------------
+
+
+def test_an_lu_of_16_tebibytes(cleanup: contextlib.ExitStack, tmp_path: Path) -> None:
+    """On tmpfs, since ext4 has no file of that size."""
+    disk = tmp_path / "disk"
+    mount_disk(cleanup, Path("tmpfs"), disk, "tmpfs")
+    mount = cleanup.enter_context(mounted(tmp_path / "work"))
+    size = 16 << 40
+    mount.control("add_group").write(f"g {disk}/g-source.img size=16T extent=4M")
+    group = Group(mount, "g", disk / "g-source.img")
+    clone = group.add_clone()
+    assert (group.source.stat().st_size, clone.path.stat().st_size) == (size, size)
+    write(group.source, size - 512, b"a" * 512)
+    clone.fracture()
+    write(group.source, size - 512, b"b" * 512)
+    assert clone.delta() == {(size >> 22) - 1}
+    with opened(group.source, os.O_RDWR) as fd:
+        assert os.pread(fd, 4096, size - 512) == b"b" * 512
+        assert os.pwrite(fd, b"c" * 1024, size - 256) == 256
+        with pytest.raises(OSError) as failure:
+            os.pwrite(fd, b"c", size)
+        assert failure.value.errno == errno.ENOSPC
+    clone.restore()
+    assert read(group.source, size - 512, 512) == b"a" * 512
+    clone.wait("fractured")
+    with mount.refuses(errno.EINVAL, ""):
+        mount.control("add_group").write(f"h {disk}/h.img size={size + 512} extent=4M")
+
+
+FLUSHING: dict[str, tuple[int, Callable[[int], object]]] = {
+    "fsync": (0, os.fsync),
+    "fdatasync": (0, os.fdatasync),
+    "O_SYNC": (os.O_SYNC, lambda fd: os.pwrite(fd, b"more", 0)),
+    "O_DSYNC": (os.O_DSYNC, lambda fd: os.pwrite(fd, b"more", 0)),
+}
+
+
+@pytest.mark.parametrize("how", FLUSHING)
+def test_a_flush_of_a_host_reaches_the_devices(
+    cleanup: contextlib.ExitStack, tmp_path: Path, how: str
+) -> None:
+    """The kernel counts the flushes of a block device: of the Source, and of a mirrored clone."""
+    devices = []
+    for name in ("source", "clone"):
+        path = tmp_path / f"{name}.img"
+        path.write_bytes(noise(name, 1 * MiB))
+        devices.append(attach(cleanup, path).path)
+    mount = cleanup.enter_context(mounted(tmp_path / "work"))
+
+    def flushes() -> list[int]:
+        stats = [Path("/sys/block", device.name, "stat").read_text() for device in devices]
+        return [int(each.split()[15]) for each in stats]
+
+    group = Group(mount, "g", devices[0])
+    clone = Clone(group, "c", devices[1])
+    mount.control("add_group").write(f"g {devices[0]}")
+    group.control("add_clone").write(f"c {devices[1]}")
+    clone.wait("synchronized")
+    flags, flush = FLUSHING[how]
+    with opened(group.source, os.O_WRONLY | flags) as fd:
+        os.pwrite(fd, b"some", 0)
+        before = flushes()
+        flush(fd)
+        assert all(new > old for old, new in zip(before, flushes(), strict=True))
+    clone.fracture()
+    with opened(clone.path, os.O_WRONLY | flags) as fd:
+        os.pwrite(fd, b"some", 0)
+        before = flushes()
+        flush(fd)
+        assert flushes()[1] > before[1]
