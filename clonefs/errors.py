@@ -56,6 +56,11 @@ def full(reason: str) -> ClonefsError:
     return ClonefsError(_errno.ENOSPC, reason)
 
 
+def read_only(reason: str) -> ClonefsError:
+    """EROFS: nothing can be changed through this mount."""
+    return ClonefsError(_errno.EROFS, reason)
+
+
 def failed(reason: str) -> ClonefsError:
     """EIO: a device failed."""
     return ClonefsError(_errno.EIO, reason)

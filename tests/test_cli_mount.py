@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -348,6 +349,24 @@ def test_umount_returns_when_the_daemon_has_let_go_of_the_volume(unmounting: Unm
     result = run("umount", unmounting.mnt)
     assert (result.exit_code, result.output) == (0, "")
     assert unmounting.done == ["unmounted", "released", "looked"]
+
+
+def test_umount_of_a_read_only_mount_waits_for_the_daemon_itself(
+    unmounting: Unmounting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait_for_end(descriptors: list[int], *_: object) -> None:
+        assert str(Path(f"/proc/self/fd/{descriptors[0]}").readlink()) == "anon_inode:[pidfd]"
+        unmounting.done.append("ended")
+
+    monkeypatch.setattr(select, "select", wait_for_end)
+    daemon = f'{{"pid": {os.getpid()}, "read_only": true}}'
+    put(
+        unmounting.mnt / "control/status.json",
+        f'{{"volume": {{"path": "{unmounting.volume}"}}, "daemon": {daemon}}}',
+    )
+    result = run("umount", unmounting.mnt)
+    assert (result.exit_code, result.output) == (0, "")
+    assert unmounting.done == ["unmounted", "ended"]
 
 
 def test_umount_says_when_the_volume_was_not_closed_cleanly(unmounting: Unmounting) -> None:

@@ -84,7 +84,7 @@ def test_every_control_file_is_documented(heading: str, files: dict[str, Control
     table = tables(section(page("control-files.md"), heading))[0]
     documented = {bare(row[0]): bare(row[1]) for row in table[1:]}
     modes = {
-        name: ("r" if file.read else "") + ("w" if file.write else "")
+        name: ("r" if file.readable else "") + ("w" if file.write else "")
         for name, file in files.items()
     }
     assert documented == modes

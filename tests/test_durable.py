@@ -6,7 +6,11 @@ import pytest
 from bitarray import bitarray
 
 from clonefs.volume import DurableMap
-from clonefs.volume.durable import PERSISTENT_DELTA_MAP, PERSISTENT_PROTECTED_RESTORE_MAP
+from clonefs.volume.durable import (
+    PERSISTENT_DELTA_MAP,
+    PERSISTENT_PROTECTED_RESTORE_MAP,
+    SECTORS_AT_ONCE,
+)
 from clonefs.volume.layout import DURABLE_SECTOR, EXTENTS_PER_DURABLE_SECTOR
 
 BITS = EXTENTS_PER_DURABLE_SECTOR
@@ -206,3 +210,20 @@ def test_against_a_model() -> None:
             disk.write_out(durable)
             assert disk.load().bits == model
     assert durable.bits == model
+
+
+def test_a_large_map_is_written_in_several_batches() -> None:
+    """No step takes long, and nothing is relied on before its own batch is done."""
+    sectors = 2 * SECTORS_AT_ONCE + 5
+    durable = DurableMap(PERSISTENT_DELTA_MAP, UUID, (0,), sectors * BITS, 0)
+    durable.mark(0, sectors * BITS)
+    sizes, ends = [], []
+    while durable.unwritten:
+        batch = durable.begin_write()
+        ends.append(durable.covers(0, sectors * BITS))
+        sizes.append(sum(len(data) for _, data in batch.writes) // DURABLE_SECTOR)
+        durable.end_write(written=len(sizes) != 2)  # the second is lost, and comes again
+    assert sum(sizes) == sectors + SECTORS_AT_ONCE
+    assert max(sizes) == SECTORS_AT_ONCE
+    assert not any(ends)
+    assert durable.covers(0, sectors * BITS)

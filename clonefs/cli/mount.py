@@ -7,6 +7,7 @@ process that becomes it.
 
 import fcntl
 import os
+import select
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -99,11 +100,26 @@ def umount(mountpoint: Path) -> None:
         kernel.detach(where)
         click.echo(f"clonefs: the daemon of {where} had died; the next mount recovers", err=True)
         return
-    volume = Path(tree.report(tree.mount_at(where))["volume"]["path"])
+    report = tree.report(tree.mount_at(where))
+    volume = Path(report["volume"]["path"])
+    if report.get("daemon", {}).get("read_only"):
+        _unmount_read_only(where, there, report["daemon"]["pid"])
+        return
     kernel.unmount(where)
     _check_unmounted_everywhere(there)
     _wait_until_released(volume)
     _check_closed_cleanly(volume)
+
+
+def _unmount_read_only(where: Path, there: kernel.MountEntry, pid: int) -> None:
+    """Wait for the daemon itself: others may read the volume too, so its lock says nothing."""
+    daemon = os.pidfd_open(pid)
+    try:
+        kernel.unmount(where)
+        _check_unmounted_everywhere(there)
+        select.select([daemon], [], [])
+    finally:
+        os.close(daemon)
 
 
 def _check_unmounted_everywhere(gone: kernel.MountEntry) -> None:

@@ -186,6 +186,8 @@ def _unopened(place: Place, file: str, error: OSError) -> ClonefsError:
         return _lost(place.mountpoint)
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return _absent(place)
+    if error.errno == errno.EROFS:
+        return _refused(place, file, error)
     return ClonefsError(
         error.errno or errno.EIO, f"{place.control / file}: {error.strerror or error}"
     )

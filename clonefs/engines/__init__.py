@@ -1,6 +1,7 @@
 """The engines: the trio tasks that move bytes as the Clone Group decides, and every command."""
 
 from clonefs.engines.host import CloneLu, HostLu, SourceLu, past_the_end
+from clonefs.engines.read_only import ReadOnlySystem
 from clonefs.engines.recorder import Recorder, in_thread
 from clonefs.engines.recovery import Recovery
 from clonefs.engines.server import GroupServer
@@ -13,6 +14,7 @@ __all__ = [
     "GroupServer",
     "GroupStatistics",
     "HostLu",
+    "ReadOnlySystem",
     "Recorder",
     "Recovery",
     "SourceLu",

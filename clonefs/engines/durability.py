@@ -65,11 +65,14 @@ class Durability:
 
     async def include_live_maps(self) -> None:
         """After a death of the daemon in the same boot: what the live maps have, the PDM must have."""
-        union = self._group.live_union(0, self.delta.extents)
-        for first, stop in runs(union):
-            self.delta.mark(first, stop)
+        self.mark_live_maps()
         await self.settle(self.delta)
         await self.settle(self.protected)
+
+    def mark_live_maps(self) -> None:
+        """Mark what the live maps have, in memory only."""
+        for first, stop in runs(self._group.live_union(0, self.delta.extents)):
+            self.delta.mark(first, stop)
 
     async def settle(self, durable: DurableMap) -> None:
         """All that is marked in `durable` is on stable storage. Raises ClonefsError."""
@@ -142,6 +145,7 @@ class Durability:
                     if first < stop and start < end:
                         bits[max(first, start) - start : min(end, stop) - start] = 0
                 self.delta.clear(bits, start)
+                await trio.lowlevel.checkpoint()
         finally:
             group.touched = None
         await self.settle(self.delta)

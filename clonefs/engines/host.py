@@ -42,6 +42,9 @@ class HostLu(Protocol):
     def allocated(self) -> int:
         """Bytes that the backing really holds."""
 
+    def modified(self) -> float | None:
+        """When what it shows was last changed, in seconds since the epoch; None if nobody knows."""
+
     def refuse_write(self) -> ClonefsError:
         """Why the state does not allow writing."""
 
@@ -66,6 +69,9 @@ class SourceLu:
 
     def allocated(self) -> int:
         return self._unit.allocated()
+
+    def modified(self) -> float | None:
+        return self._server.modified
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         if self._gate.held:
@@ -105,13 +111,16 @@ class SourceLu:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
-        return (
+        if (
             not self._gate.held
             and self._volume.broken is None
             and self._server.durability.covers(offset, len(data))
             and self._group.admit_simple_write(offset, len(data))
             and self._unit.write_now(offset, data)
-        )
+        ):
+            self._server.modified = self._server.now()
+            return True
+        return False
 
     async def write(self, offset: int, data: Buffer) -> None:
         await self._gate.enter()
@@ -125,6 +134,7 @@ class SourceLu:
                 await _write(self._unit, offset, data)
             else:
                 await self._carry_out(await self._admit(offset, len(data)), data)
+            self._server.modified = self._server.now()
         finally:
             self._gate.leave()
 
@@ -214,6 +224,13 @@ class CloneLu:
 
     def allocated(self) -> int:
         return self._unit.allocated()
+
+    def modified(self) -> float | None:
+        """Since it was split off only hosts have written to it."""
+        clone = self._group.clones.get(self._name)
+        if clone is not None and not clone.record.written and clone.record.fractured_at:
+            return clone.record.fractured_at
+        return self._unit.modified()
 
     def read_now(self, offset: int, length: int) -> Buffer | None:
         return self._unit.read_now(offset, length)

@@ -62,6 +62,8 @@ class GroupServer:
         self.failures: dict[str, str] = {}
         self.unflushed: dict[str, str] = {}
         self._on_event = on_event
+        # When what the Source shows was last changed: by a host, or by a restore that began.
+        self.modified = source.modified()
         self._wall_clock = wall_clock
         self.durability = durability
         self._on_change = on_change
@@ -120,6 +122,8 @@ class GroupServer:
 
     def _changed(self, before: GroupRecord) -> None:
         self.durability.adopted()
+        if self.group.record.epoch != before.epoch:  # a restore begins, or begins again
+            self.modified = self.now()
         self._on_change(before, self.group.record)
         self.wake()
 

@@ -116,29 +116,21 @@ def look(volume: MetadataVolume, units: Mapping[str, Iterable[Stamped]]) -> Doub
     return Doubt(dict.fromkeys(units, older) if newest else reasons, newest, states)
 
 
-async def distrust(
-    recorder: Recorder,
+def disbelieve(
+    volume: MetadataVolume,
     record: GroupRecord,
     reason: str,
     states: Mapping[str, CloneState],
     now: float,
 ) -> Loaded:
     """The group of `record` without belief in its maps or in what it says of copies that run.
-    `states`: by their backings, those of clones of which something newer is known.
-
-    Every extent may differ, durably, before the record says so. Nothing is served yet: a crash
-    anywhere in here leaves a group that claims more difference than there is, and is in doubt
-    again. Raises ClonefsError.
-    """
-    loaded = load(recorder.volume, record)
-    group, extents = loaded.group, loaded.delta.extents
-    loaded.delta.mark(0, extents)
-    batch = loaded.delta.begin_write()
-    await recorder.write_durably(batch.writes)
-    loaded.delta.end_write(written=True)
+    `states`: by their backings, those of clones of which something newer is known. Nothing is
+    written but live maps; see `distrust_durably`."""
+    loaded = load(volume, record)
+    group = loaded.group
+    loaded.delta.mark(0, loaded.delta.extents)
     for clone in group.clones.values():
         clone.delta.mark_all()
-    await recorder.forget_protected(record)
     loaded.protected.begin_epoch(record.epoch)
     group.protected.clear_all()
     last = {each.name: states.get(each.backing, each.state) for each in record.clones}
@@ -146,3 +138,13 @@ async def distrust(
     group.adopt(transitions.in_doubt(record, reason, last=last, now=now))
     group.newly_protected = {}
     return dataclasses.replace(loaded, damage=(), told=(in_doubt(record.name, reason),))
+
+
+async def distrust_durably(recorder: Recorder, loaded: Loaded) -> None:
+    """Every extent may differ, durably, before a record says so. Nothing is served yet: a crash
+    anywhere in here leaves a group that claims more difference than there is, and is in doubt
+    again. Raises ClonefsError."""
+    batch = loaded.delta.begin_write()
+    await recorder.write_durably(batch.writes)
+    loaded.delta.end_write(written=True)
+    await recorder.forget_protected(loaded.group.record)

@@ -26,7 +26,7 @@ from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
 from clonefs.engines.recovery import OVERWRITTEN, Loaded, Recovery, found, load
 from clonefs.engines.server import GroupServer
-from clonefs.engines.stamps import SOURCE, Doubt, Stamp, distrust, look
+from clonefs.engines.stamps import SOURCE, Doubt, Stamp, disbelieve, distrust_durably, look
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
 from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing, taken
@@ -55,7 +55,8 @@ class StorageSystem:
     """The groups of the volume that `recorder` commits to.
 
     `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
-    seconds since the epoch; `on_event` gets one line for each change of state;
+    seconds since the epoch; `on_event` gets one line for each change of state, `on_change` the names
+    of the group and the clone before that;
     `run` is how many bytes a Sync Engine copies at a time, `checkpoint` the seconds between
     checkpoints of the durable maps, `run_ahead` the extents that are marked in them at once.
     """
@@ -68,6 +69,7 @@ class StorageSystem:
         forget_pages: Callable[[str], Awaitable[None]],
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
+        on_change: Callable[..., None] = lambda *place: None,
         run: int = RUN,
         checkpoint: float = CHECKPOINT,
         run_ahead: int = RUN_AHEAD,
@@ -83,13 +85,13 @@ class StorageSystem:
         self._forget_pages = forget_pages
         self._wall_clock = wall_clock
         self._on_event = on_event
+        self._on_change = on_change
         self._checkpoint = checkpoint
         self._run_ahead = run_ahead
         self._engines: dict[tuple[str, str], trio.CancelScope] = {}
         self._checkpointers: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
         self._recovered = False
-        self._was_clean = True
         self._configuration = trio.Lock()
         self._allocation = trio.Lock()  # from choosing a slot until a record names it
         recorder.backings_of = self._backings_of
@@ -106,9 +108,11 @@ class StorageSystem:
         self.recorder.on_broken = self._volume_broken
         opened = {group.name: await self._open_units(group) for group in self.volume.record.groups}
         doubt = look(self.volume, opened)
-        loaded = [await self._load(group, doubt) for group in self.volume.record.groups]
-        recovery = self._recovery(doubt, loaded)
-        self._was_clean = self.volume.record.clean and not self.volume.record.doubtful
+        loaded = [self._load(group, doubt) for group in self.volume.record.groups]
+        for each in loaded:
+            if self._doubted(each, doubt):
+                await distrust_durably(self.recorder, each)
+        recovery, was_clean = self._recovery(doubt, loaded), self.volume.closed_cleanly
         recovered = tuple(each.group.record for each in loaded)
         record = replace(self.volume.opened(), groups=recovered)
         if doubt.newest:
@@ -116,7 +120,7 @@ class StorageSystem:
         else:
             await self.recorder.commit(lambda _: record)
         self._recovered = True
-        self._tell(recovery)
+        self._tell(recovery, was_clean=was_clean)
         for each in loaded:
             name = each.group.record.name
             # After the commit. Durable where there is doubt, or the next mount would doubt again.
@@ -130,11 +134,11 @@ class StorageSystem:
         backings = [record.backing, *(clone.backing for clone in record.clones)]
         return [await self._open_or_missing(backing, record.size) for backing in backings]
 
-    async def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
+    def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
         reason = doubt.reasons.get(record.name)
         if reason is None:
             return load(self.volume, record)
-        return await distrust(self.recorder, record, reason, doubt.states, self._wall_clock())
+        return disbelieve(self.volume, record, reason, doubt.states, self._wall_clock())
 
     def _recovery(self, doubt: Doubt, loaded: list[Loaded]) -> Recovery:
         """What was found, and what was done about it."""
@@ -153,9 +157,9 @@ class StorageSystem:
     def _doubted(loaded: Loaded, doubt: Doubt) -> bool:
         return loaded.group.record.name in doubt.reasons
 
-    def _tell(self, recovery: Recovery) -> None:
+    def _tell(self, recovery: Recovery, *, was_clean: bool) -> None:
         """Say it, unless the volume was closed cleanly and nothing is the matter."""
-        if self._was_clean and not recovery.damage:
+        if was_clean and not recovery.damage:
             return
         self.recovery = recovery
         for line in recovery.lines():
@@ -203,10 +207,20 @@ class StorageSystem:
     def _add_server(
         self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
     ) -> GroupServer:
+        server = self._make_server(loaded, source, clones)
+        self.servers[server.name] = server
+        self.sources[server.name] = SourceLu(server, CodEngine(server))
+        assert self._nursery is not None
+        self._nursery.start_soon(self._checkpoints, server)
+        return server
+
+    def _make_server(
+        self, loaded: Loaded, source: LogicalUnit, clones: dict[str, LogicalUnit]
+    ) -> GroupServer:
         durability = Durability(
             loaded.group, self.recorder, loaded.delta, loaded.protected, self._run_ahead
         )
-        server = GroupServer(
+        return GroupServer(
             loaded.group,
             source,
             clones,
@@ -214,13 +228,8 @@ class StorageSystem:
             self._wall_clock,
             self._state_changed,
             durability,
-            self._event,
+            lambda line: self._event(line, loaded.group.record.name),
         )
-        self.servers[server.name] = server
-        self.sources[server.name] = SourceLu(server, CodEngine(server))
-        assert self._nursery is not None
-        self._nursery.start_soon(self._checkpoints, server)
-        return server
 
     async def _checkpoints(self, server: GroupServer) -> None:
         """Trim the durable maps of a group every now and then."""
@@ -314,7 +323,9 @@ class StorageSystem:
         for unit, _ in backings:
             unit.close()
 
-    def _event(self, line: str) -> None:
+    def _event(self, line: str, *place: str) -> None:
+        if place:
+            self._on_change(*place)
         log.info("%s", line)
         self._on_event(line)
 
@@ -323,11 +334,15 @@ class StorageSystem:
         for clone in after.clones:
             was = old.get(clone.name)
             if was is None:
-                self._event(f"{after.name}/{clone.name} added: {clone.state}")
+                self._event(
+                    f"{after.name}/{clone.name} added: {clone.state}", after.name, clone.name
+                )
             elif was is not clone.state:
-                self._event(f"{after.name}/{clone.name} {was} -> {clone.state}")
+                self._event(
+                    f"{after.name}/{clone.name} {was} -> {clone.state}", after.name, clone.name
+                )
         for name in old.keys() - {clone.name for clone in after.clones}:
-            self._event(f"{after.name}/{name} removed")
+            self._event(f"{after.name}/{name} removed", after.name, name)
 
     # Look-up
 
@@ -361,7 +376,7 @@ class StorageSystem:
                 source.discard()
                 raise
             self._add_server(load(self.volume, record), source, {})
-            self._event(f"{name} added")
+            self._event(f"{name} added", name)
 
     def _new_group(
         self, name: str, source: LogicalUnit, size: int | None, extent_size: int | None
@@ -403,7 +418,7 @@ class StorageSystem:
             self._checkpointers.pop(name).cancel()
             async with server.flushing:
                 server.source.close()
-            self._event(f"{name} removed")
+            self._event(f"{name} removed", name)
 
     async def add_clone(self, group: str, name: str, backing: Path, *, sync: bool) -> None:
         """A new clone, all of which may differ from its Source; `sync` begins to copy."""

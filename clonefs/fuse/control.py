@@ -7,24 +7,26 @@ docs/control-files.md checked by a test.
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from bitarray import bitarray
+
 from clonefs.engines import CloneStatistics, GroupStatistics, StorageSystem, statistics
 from clonefs.errors import invalid
-from clonefs.extents import ExtentMap, extent_list, run_text
+from clonefs.extents import run_text
 from clonefs.fuse import commands, render
-
-# What an open file shows: its text, or what gives the text in a thread (a large map).
-Content = str | Callable[[], str]
+from clonefs.fuse.contents import EventLog
 
 
 @dataclass(slots=True)
 class Control:
     """What control files work on: the system, the sentences of the last refusals by directory, and
-    the log of events. `in_use` tells whether an LU file is open."""
+    the log of events. `in_use` tells whether an LU file is open; `changed` is when the state of the
+    thing of a directory last changed, or one came or went there, in seconds since the epoch."""
 
     system: StorageSystem
     in_use: Callable[[str, str], bool]
     errors: dict[tuple[str, ...], str] = field(default_factory=dict)
-    events: bytearray = field(default_factory=bytearray)
+    events: EventLog = field(default_factory=EventLog)
+    changed: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def group(self, name: str) -> GroupStatistics:
         return statistics(self.system.server(name), self.system.transfers)
@@ -41,69 +43,100 @@ class Control:
 
 
 Where = tuple[str, ...]  # (), (group,) or (group, clone)
-Read = Callable[[Control, Where], Content]
+Show = Callable[[Control, Where], str]
+MapOf = Callable[[Control, Where], tuple[bitarray, int]]
 Write = Callable[[Control, Where, str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class ControlFile:
-    """A file of the control directory: what it shows and what it does, where it has either."""
+    """A file of the control directory: what it shows and what it does, where it has either.
 
-    read: Read | None = None
+    It shows a text (`show`), the bits of a map with the number of its extents (`map_of`), or the log
+    (`is_log`). A value that is also an extended attribute of the LU has `attribute`; without a name
+    of its own, that of the file. `of_clones`: one of the group that its clones have too.
+    """
+
+    show: Show | None = None
     write: Write | None = None
+    map_of: MapOf | None = None
+    is_log: bool = False
+    attribute: Show | None = None
+    attribute_name: str | None = None
+    of_clones: bool = False
+
+    @property
+    def readable(self) -> bool:
+        """Whether it can be opened for reading."""
+        return self.is_log or self.show is not None or self.map_of is not None
 
 
-def _of_group(show: Callable[[GroupStatistics], object]) -> ControlFile:
-    return ControlFile(lambda control, where: f"{show(control.group(where[0]))}\n")
+def _value(show: Show, write: Write | None = None, *, of_clones: bool = False) -> ControlFile:
+    """One word or line: a file, and an extended attribute."""
+    return ControlFile(
+        lambda control, where: f"{show(control, where)}\n",
+        write,
+        attribute=show,
+        of_clones=of_clones,
+    )
+
+
+def _of_group(show: Callable[[GroupStatistics], object], *, of_clones: bool = False) -> ControlFile:
+    return _value(lambda control, where: str(show(control.group(where[0]))), of_clones=of_clones)
 
 
 def _of_clone(show: Callable[[CloneStatistics], object]) -> ControlFile:
-    return ControlFile(lambda control, where: f"{show(control.clone(where[0], where[1]))}\n")
+    return _value(lambda control, where: str(show(control.clone(where[0], where[1]))))
 
 
 def _one_line(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
-def _error(control: Control, where: Where) -> Content:
-    """Why the last command in this directory was refused; else what is wrong with the thing."""
-    sentence = control.errors.get(where)
-    if sentence is None and not where:
-        sentence = control.volume_error()
-    elif sentence is None and len(where) == 1:
-        sentence = control.group(where[0]).error
-    elif sentence is None and len(where) == 2:
-        sentence = control.clone(where[0], where[1]).error
-    return f"{_one_line(sentence)}\n"
+def _error(control: Control, where: Where) -> str:
+    """Why the last command in this directory was refused; else what is wrong with the thing. In a
+    read-only mount both: there the kernel refuses commands without asking."""
+    refused = control.errors.get(where)
+    broken = control.system.volume.broken
+    if control.system.volume.read_only and broken is not None:
+        sentences = [broken.reason, _trouble(control, where)]
+    else:
+        sentences = [_trouble(control, where) if refused is None else refused]
+    return _one_line("; ".join(filter(None, sentences)))
 
 
-def _map(extents: ExtentMap) -> Content:
-    if extents.extents <= 1 << 14:
-        return f"{extent_list(extents)}\n"
-    frozen = extents.snapshot()
-    return lambda: f"{extent_list(frozen)}\n"
+def _trouble(control: Control, where: Where) -> str | None:
+    match where:
+        case (group,):
+            return control.group(group).error
+        case (group, clone):
+            return control.clone(group, clone).error
+        case _:
+            return None if control.system.volume.read_only else control.volume_error()
 
 
-def _protected_restore_map(control: Control, where: Where) -> Content:
-    return _map(control.system.server(where[0]).group.protected)
+def _protected_restore_map(control: Control, where: Where) -> tuple[bitarray, int]:
+    protected = control.system.server(where[0]).group.protected
+    return protected.bits, protected.extents
 
 
-def _persistent_delta_map(control: Control, where: Where) -> Content:
-    server = control.system.server(where[0])
-    return _map(ExtentMap(server.durability.delta.bits, server.group.geometry.extents))
+def _persistent_delta_map(control: Control, where: Where) -> tuple[bitarray, int]:
+    durable = control.system.server(where[0]).durability.delta
+    return durable.bits, durable.extents
 
 
-def _delta_map(control: Control, where: Where) -> Content:
-    return _map(control.system.server(where[0]).group.clones[where[1]].delta)
+def _delta_map(control: Control, where: Where) -> tuple[bitarray, int]:
+    delta = control.system.server(where[0]).group.clones[where[1]].delta
+    return delta.bits, delta.extents
 
 
-def _cod_scoreboard(control: Control, where: Where) -> Content:
+def _cod_scoreboard(control: Control, where: Where) -> str:
     claims = control.system.server(where[0]).group.scoreboard
     lines = [f"{run_text(each.first, each.stop)} {each.engine} {each.clone}\n" for each in claims]
     return "".join(lines) or "\n"
 
 
-def _cod_queue(control: Control, where: Where) -> Content:
+def _cod_queue(control: Control, where: Where) -> str:
     requests = control.system.server(where[0]).group.cod_queue
     lines = [
         f"{each.verb} {each.offset}+{each.length} {run_text(each.first, each.stop)}\n"
@@ -112,7 +145,7 @@ def _cod_queue(control: Control, where: Where) -> Content:
     return "".join(lines) or "\n"
 
 
-def _status_json(control: Control, where: Where) -> Content:
+def _status_json(control: Control, where: Where) -> str:
     return render.status_json(control.system.volume, control.groups(), control.system.recovery)
 
 
@@ -151,14 +184,11 @@ async def _remove_clone(control: Control, where: Where, text: str) -> None:
     control.errors.pop((group, name), None)
 
 
-def _on_clone(
-    command: Callable[[StorageSystem, str, str, str], Awaitable[None]],
-    read: Read | None = None,
-) -> ControlFile:
+def _on_clone(command: Callable[[StorageSystem, str, str, str], Awaitable[None]]) -> Write:
     async def write(control: Control, where: Where, text: str) -> None:
         await command(control.system, where[0], where[1], text)
 
-    return ControlFile(read, write)
+    return write
 
 
 TOP: dict[str, ControlFile] = {
@@ -168,8 +198,8 @@ TOP: dict[str, ControlFile] = {
         )
     ),
     "status.json": ControlFile(_status_json),
-    "events": ControlFile(lambda control, where: ""),  # read as it grows, see operations
-    "error": ControlFile(_error),
+    "events": ControlFile(is_log=True),
+    "error": _value(_error),
     "add_group": ControlFile(write=_add_group),
     "remove_group": ControlFile(write=_remove_group),
     "fracture": ControlFile(write=_fracture_several),
@@ -177,15 +207,19 @@ TOP: dict[str, ControlFile] = {
 
 GROUP: dict[str, ControlFile] = {
     "status": ControlFile(lambda control, where: render.table([control.group(where[0])])),
-    "size": _of_group(lambda group: group.size),
-    "extent_size": _of_group(lambda group: group.extent_size),
+    "size": _of_group(lambda group: group.size, of_clones=True),
+    "extent_size": _of_group(lambda group: group.extent_size, of_clones=True),
     "backing": _of_group(lambda group: group.backing),
     "state": _of_group(lambda group: group.state),
-    "error": ControlFile(_error),
+    "error": _value(_error),
     "add_clone": ControlFile(write=_add_clone),
     "remove_clone": ControlFile(write=_remove_clone),
-    "protected_restore_map": ControlFile(_protected_restore_map),
-    "persistent_delta_map": ControlFile(_persistent_delta_map),
+    "protected_restore_map": ControlFile(
+        map_of=_protected_restore_map,
+        attribute=lambda control, where: str(control.system.server(where[0]).group.protected.count),
+        attribute_name="protected_extents",
+    ),
+    "persistent_delta_map": ControlFile(map_of=_persistent_delta_map),
     "cod_scoreboard": ControlFile(_cod_scoreboard),
     "cod_queue": ControlFile(_cod_queue),
 }
@@ -193,18 +227,33 @@ GROUP: dict[str, ControlFile] = {
 CLONE: dict[str, ControlFile] = {
     "state": _of_clone(lambda clone: clone.state),
     "condition": _of_clone(lambda clone: clone.condition),
-    "error": ControlFile(_error),
+    "error": _value(_error),
     "backing": _of_clone(lambda clone: clone.backing),
     "progress": _of_clone(lambda clone: f"{clone.done}/{clone.total}"),
-    "delta_map": ControlFile(_delta_map),
-    "rate": _on_clone(
-        commands.rate,
-        read=lambda control, where: f"{render.rate_text(control.clone(*where).rate)}\n",
+    "delta_map": ControlFile(
+        map_of=_delta_map,
+        attribute=lambda control, where: str(control.clone(*where).delta_extents),
+        attribute_name="delta_extents",
     ),
-    "sync": _on_clone(commands.sync),
-    "fracture": _on_clone(commands.fracture),
-    "protected_restore": _on_clone(commands.protected_restore),
-    "reverse_sync": _on_clone(commands.reverse_sync),
+    "rate": _value(
+        lambda control, where: render.rate_text(control.clone(*where).rate),
+        _on_clone(commands.rate),
+    ),
+    "sync": ControlFile(write=_on_clone(commands.sync)),
+    "fracture": ControlFile(write=_on_clone(commands.fracture)),
+    "protected_restore": ControlFile(write=_on_clone(commands.protected_restore)),
+    "reverse_sync": ControlFile(write=_on_clone(commands.reverse_sync)),
 }
 
 TABLES: tuple[dict[str, ControlFile], ...] = (TOP, GROUP, CLONE)
+
+
+def attributes(where: Where) -> dict[str, Show]:
+    """The extended attributes of the Source (group,) or the clone (group, clone), by name."""
+    group = {name: file for name, file in GROUP.items() if len(where) == 1 or file.of_clones}
+    files = group if len(where) == 1 else group | CLONE
+    return {
+        file.attribute_name or name: file.attribute
+        for name, file in files.items()
+        if file.attribute is not None
+    }

@@ -16,13 +16,14 @@ from pathlib import Path
 import pyfuse3
 import trio
 
-from clonefs.engines import Recorder, StorageSystem
+from clonefs.engines import ReadOnlySystem, Recorder, StorageSystem
 from clonefs.errors import ClonefsError, busy, failed
 from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
 from clonefs.fuse.render import timestamp
 from clonefs.fuse.tree import SOURCE, Tree
+from clonefs.fuse.watch import Watch
 from clonefs.units import LogicalUnit, file_under, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
@@ -40,7 +41,7 @@ def serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], Non
     Raises ClonefsError for whatever keeps it from mounting, or from closing cleanly.
     """
     parsed = parse_options(options, uid=os.getuid(), gid=os.getgid())
-    volume = open_volume(meta.absolute())
+    volume = open_volume(meta.absolute(), read_only=parsed.read_only)
     daemon = Daemon(volume, mountpoint.absolute(), parsed, on_ready)
     try:
         trio.run(daemon.run)
@@ -72,17 +73,20 @@ class Daemon:
         self._device: int | None = None
         self._stale: set[tuple[str, str]] = set()
         self._stale_event = trio.Event()
-        self._system = StorageSystem(
+        kind = ReadOnlySystem if volume.read_only else StorageSystem
+        self._system = kind(
             Recorder(volume),
             self._open_unit,
             forget_pages=self._forget_pages,
             wall_clock=time.time,
             on_event=self._event,
+            on_change=self._changed,
         )
+        self._watch = Watch()
         self._control = Control(self._system, self._in_use)
         self._tree = Tree(self._system, self._control, options, time.time_ns())
         self._operations = Operations(
-            self._tree, self._control, options, self._opened_with_truncation
+            self._tree, self._control, options, self._opened_with_truncation, self._watch
         )
 
     async def run(self) -> None:
@@ -112,6 +116,8 @@ class Daemon:
             "subtype=clonefs",
             *self._options.kernel,
         }
+        if self._options.read_only:
+            options.add("ro")
         try:
             pyfuse3.init(self._operations, str(self._mountpoint), options)
         except RuntimeError as error:
@@ -124,6 +130,7 @@ class Daemon:
     async def _serve(self) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
+            nursery.start_soon(self._watch.run)
             await pyfuse3.main(min_tasks=IDLE_READERS, max_tasks=REQUESTS_AT_ONCE)
             nursery.cancel_scope.cancel()
 
@@ -160,7 +167,13 @@ class Daemon:
     ) -> LogicalUnit:
         await trio.to_thread.run_sync(self._refuse_own_files, path, abandon_on_cancel=True)
         return await trio.to_thread.run_sync(
-            functools.partial(open_backing, path, create_size=create_size, size=size)
+            functools.partial(
+                open_backing,
+                path,
+                create_size=create_size,
+                size=size,
+                read_only=self._options.read_only,
+            )
         )
 
     def _refuse_own_files(self, path: Path) -> None:
@@ -184,7 +197,13 @@ class Daemon:
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, node.inode)
 
     def _event(self, line: str) -> None:
-        self._control.events += f"{timestamp(time.time())} {line}\n".encode()
+        self._control.events.append(f"{timestamp(time.time())} {line}")
+        self._watch.stir()
+
+    def _changed(self, *place: str) -> None:
+        """The state of the group, or of its clone, has changed, or it has come or gone."""
+        for depth in range(len(place) + 1):
+            self._control.changed[place[:depth]] = time.time()
 
     def _opened_with_truncation(self, group: str, name: str) -> None:
         self._stale.add((group, name))

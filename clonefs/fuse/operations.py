@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
-import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -28,9 +27,21 @@ from pyfuse3 import (
 
 from clonefs.engines import HostLu, past_the_end
 from clonefs.errors import ClonefsError
-from clonefs.fuse.control import Content, Control
+from clonefs.fuse.contents import (
+    READABLE,
+    WRITABLE,
+    Content,
+    EventReader,
+    ExtentList,
+    Readiness,
+    Text,
+    encoded,
+    snapshot,
+)
+from clonefs.fuse.control import Control, Show, attributes
 from clonefs.fuse.options import MountOptions
 from clonefs.fuse.tree import SOURCE, Node, Tree
+from clonefs.fuse.watch import Watch
 from clonefs.units import Buffer
 
 log = logging.getLogger(__name__)
@@ -40,6 +51,7 @@ T = TypeVar("T")
 Handler = Callable[P, Coroutine[Any, Any, T]]
 
 MAXIMUM_COMMAND = 16 << 10
+XATTR_PREFIX = b"user.clonefs."
 
 
 def guarded(handler: Handler[P, T]) -> Handler[P, T]:
@@ -72,10 +84,10 @@ class LuHandle:
 
 @dataclass(slots=True)
 class ControlHandle:
-    """An open control file with what it shows: the state at the moment of open."""
+    """An open control file with what it shows, if it was opened for reading."""
 
     node: Node
-    content: Content | bytes
+    content: Content | None
 
 
 class Operations(pyfuse3.Operations):
@@ -90,8 +102,10 @@ class Operations(pyfuse3.Operations):
         control: Control,
         options: MountOptions,
         refresh: Callable[[str, str], None],
+        watch: Watch,
     ) -> None:
         super().__init__()
+        self._watch = watch
         self._tree = tree
         self._control = control
         self._options = options
@@ -188,7 +202,7 @@ class Operations(pyfuse3.Operations):
             return self._open_lu(node, node.lu, flags)
         if node.control is None:
             raise FUSEError(errno.EISDIR)
-        return self._open_control(node, flags)
+        return await self._open_control(node, flags)
 
     def _open_lu(self, node: Node, lu: HostLu, flags: int) -> FileInfo:
         group, name = node.path
@@ -205,20 +219,43 @@ class Operations(pyfuse3.Operations):
         cached = self._options.cached and name == SOURCE
         return FileInfo(fh=handle, direct_io=not cached, keep_cache=cached)
 
-    def _open_control(self, node: Node, flags: int) -> FileInfo:
+    async def _open_control(self, node: Node, flags: int) -> FileInfo:
         control = node.control
         assert control is not None
         access = flags & os.O_ACCMODE
-        if (access != os.O_WRONLY and control.read is None) or (
+        if access != os.O_RDONLY and control.write is not None:
+            self._refuse_if_read_only(node.where)
+        if (access != os.O_WRONLY and not control.readable) or (
             access != os.O_RDONLY and control.write is None
         ):
             raise FUSEError(errno.EACCES)
-        content: Content = ""
-        if access != os.O_WRONLY and control.read is not None:
-            content = control.read(self._control, node.where)
+        content = None if access == os.O_WRONLY else await self._content(node)
         handle = self._new_handle()
         self._controls[handle] = ControlHandle(node, content)
         return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+
+    async def _content(self, node: Node) -> Content:
+        control = node.control
+        assert control is not None
+        if control.is_log:
+            return EventReader(self._control.events)
+        if control.map_of is not None:
+            bits, extents = control.map_of(self._control, node.where)
+            return ExtentList(await snapshot(bits), extents)
+        assert control.show is not None
+        return Text(functools.partial(self._show, node, control.show))
+
+    def _show(self, node: Node, show: Show) -> str | None:
+        """The text of a file now, or None if it is gone, or another one by now."""
+        if self._tree.node(node.inode) is None:
+            return None
+        return show(self._control, node.where)
+
+    def _refuse_if_read_only(self, where: tuple[str, ...]) -> None:
+        """The kernel refuses it before; but somebody may have remounted it with rw."""
+        volume = self._control.system.volume
+        if volume.read_only and volume.broken is not None:
+            self._refused(where, volume.broken)
 
     def _new_handle(self) -> FileHandleT:
         handle = FileHandleT(self._next_handle)
@@ -228,6 +265,7 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         self._lus.pop(fh, None)
         self._controls.pop(fh, None)
+        self._watch.forget(fh)
 
     async def flush(self, fh: FileHandleT) -> None:
         handle = self._lus.get(fh)
@@ -289,15 +327,82 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def _read_control(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        handle = self._controls[fh]
-        if handle.node.name == "events" and not handle.node.where:
-            return bytes(self._control.events[off : off + size])
-        if callable(handle.content):
-            handle.content = await trio.to_thread.run_sync(handle.content)
-        if isinstance(handle.content, str):
-            # A path may have bytes that are no text.
-            handle.content = handle.content.encode(errors="surrogateescape")
-        return handle.content[off : off + size]
+        content = self._controls[fh].content
+        assert content is not None
+        return await content.read(off, size)
+
+    @guarded
+    async def poll(
+        self,
+        inode: InodeT,
+        fh: FileHandleT,
+        poll_handle: pyfuse3.PollHandle | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> int:
+        handle = self._controls.get(fh)
+        if handle is None:
+            return READABLE | WRITABLE
+        content = handle.content
+        ready = Readiness(0) if content is None else content.poll()
+        if poll_handle is not None and ready.changed is not None:
+            self._watch.wait_for(fh, poll_handle, ready.changed)
+        control = handle.node.control
+        assert control is not None
+        return ready.events | (WRITABLE if control.write else 0)
+
+    # Extended attributes
+
+    def _refuse_if_cached(self) -> None:
+        """With pages of its own the kernel asks for an attribute before every write, unless it has
+        learnt that there are none (docs/decisions/extended-attributes.md)."""
+        if self._options.cached:
+            raise FUSEError(errno.ENOSYS)
+
+    def _attributes(self, inode: InodeT) -> tuple[tuple[str, ...], dict[bytes, Show]]:
+        """The directory of control files of an LU, and its attributes by their whole names."""
+        node = self._node(inode)
+        if node.lu is None:
+            return (), {}
+        where = node.path[:1] if node.name == SOURCE else node.path
+        shows = attributes(where).items()
+        return where, {XATTR_PREFIX + name.encode(): show for name, show in shows}
+
+    @guarded
+    async def listxattr(
+        self, inode: InodeT, ctx: pyfuse3.RequestContext
+    ) -> list[pyfuse3.XAttrNameT]:
+        self._refuse_if_cached()
+        return [pyfuse3.XAttrNameT(name) for name in self._attributes(inode)[1]]
+
+    @guarded
+    async def getxattr(
+        self, inode: InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> bytes:
+        self._refuse_if_cached()
+        where, shows = self._attributes(inode)
+        if name not in shows:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return encoded(shows[name](self._control, where))
+
+    @guarded
+    async def setxattr(
+        self,
+        inode: InodeT,
+        name: pyfuse3.XAttrNameT,
+        value: bytes,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        self._refuse_to_set(name)
+
+    @guarded
+    async def removexattr(
+        self, inode: InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext
+    ) -> None:
+        self._refuse_to_set(name)
+
+    def _refuse_to_set(self, name: bytes) -> NoReturn:
+        """Ours are there to be read; others there are none."""
+        raise FUSEError(errno.EPERM if name.startswith(XATTR_PREFIX) else errno.EOPNOTSUPP)
 
     async def _write_control(self, fh: FileHandleT, buf: bytes) -> int:
         node = self._controls[fh].node

@@ -6,18 +6,20 @@ from clonefs.errors import ClonefsError, invalid
 
 # Taken by the kernel as for every file system, so passed on as they are.
 _KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
-_IGNORED = frozenset({"", "defaults", "rw", "suid", "dev", "exec", "atime", "async"})
+_IGNORED = frozenset({"", "defaults", "suid", "dev", "exec", "atime", "async"})
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """`uid` and `gid` own every file; `umask` takes permissions away; `cached` lets the kernel keep
-    pages of Sources (docs/decisions/kernel-cache.md); `kernel` is passed on."""
+    pages of Sources (docs/decisions/kernel-cache.md); `read_only` changes nothing on disk; `kernel`
+    is passed on."""
 
     uid: int
     gid: int
     umask: int = 0o077
     cached: bool = False
+    read_only: bool = False
     kernel: frozenset[str] = frozenset()
 
 
@@ -35,6 +37,8 @@ def parse_options(text: str, *, uid: int, gid: int) -> MountOptions:
                 options = replace(options, umask=_number(option, value, 8))
             case "cached" if not equals:
                 options = replace(options, cached=True)
+            case "ro" | "rw" if not equals:
+                options = replace(options, read_only=name == "ro")
             case _ if name in _KERNEL and not equals:
                 options = replace(options, kernel=options.kernel | {name})
             case _ if name in _IGNORED and not equals:
@@ -55,5 +59,5 @@ def _number(option: str, value: str, base: int) -> int:
 
 
 def _unknown(option: str) -> ClonefsError:
-    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "uid=", "umask="]))
+    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "ro", "rw", "uid=", "umask="]))
     return invalid(f"mount option {option!r} is not known: there are {known}")

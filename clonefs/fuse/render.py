@@ -87,7 +87,7 @@ def status_json(
             "used": volume.used,
             "error": volume.broken and volume.broken.reason,
         },
-        "daemon": {"pid": os.getpid()},
+        "daemon": {"pid": os.getpid(), "read_only": volume.read_only},
         "recovery": None
         if recovery is None
         else {

@@ -145,13 +145,27 @@ class Tree:
         entry.st_uid = self._options.uid
         entry.st_gid = self._options.gid
         entry.st_blksize = 4096
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._started_ns
+        modified, changed = self._times_ns(node)
+        entry.st_atime_ns = entry.st_mtime_ns = modified
+        entry.st_ctime_ns = changed
         kind, mode, size, held = self._kind(node)
         entry.st_mode = pyfuse3.ModeT(kind | (mode & ~self._options.umask))
         entry.st_size = size
         entry.st_blocks = -(-held // 512)
         entry.st_nlink = 2 if kind == stat.S_IFDIR else 1
         return entry
+
+    def _times_ns(self, node: Node) -> tuple[int, int]:
+        """When the content was last changed, and when that or the state was."""
+        where = node.path if node.lu is not None else node.where
+        state = self._ns(self._control.changed.get(where))
+        if node.lu is None:
+            return state, state
+        modified = self._ns(node.lu.modified())
+        return modified, max(modified, state)
+
+    def _ns(self, seconds: float | None) -> int:
+        return self._started_ns if seconds is None else int(seconds * 1_000_000_000)
 
     def _kind(self, node: Node) -> tuple[int, int, int, int]:
         """(file type, mode before the umask, size, bytes held)."""
@@ -160,7 +174,7 @@ class Tree:
             return stat.S_IFREG, mode, node.lu.size, node.lu.allocated()
         if node.control is None:
             return stat.S_IFDIR, 0o555, 0, 0
-        mode = (0o444 if node.control.read else 0) | (0o222 if node.control.write else 0)
+        mode = (0o444 if node.control.readable else 0) | (0o222 if node.control.write else 0)
         # tail -f looks at the size; for the others a page, as sysfs has it.
-        size = len(self._control.events) if node.name == "events" else 4096
+        size = self._control.events.end if node.control.is_log else 4096
         return stat.S_IFREG, mode, size, 0

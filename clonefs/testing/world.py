@@ -314,6 +314,9 @@ class SimulatedUnit:
             self.disk.stamps[:] = [stamp]
             self.world.point()
 
+    def modified(self) -> float | None:
+        return None
+
     def close(self) -> None:
         pass
 

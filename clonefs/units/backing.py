@@ -223,6 +223,12 @@ class BackingUnit:
             if durable:
                 os.fsync(self.fd)
 
+    def modified(self) -> float | None:
+        try:
+            return None if self._is_device else os.fstat(self.fd).st_mtime
+        except OSError:
+            return None
+
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # a number that the next open file gets must not be used again
         beneath, self._beneath = self._beneath, None
@@ -288,12 +294,17 @@ def _punch(fd: int, offset: int, length: int) -> None:
 
 
 def open_backing(
-    path: Path, *, create_size: int | None = None, size: int | None = None
+    path: Path,
+    *,
+    create_size: int | None = None,
+    size: int | None = None,
+    read_only: bool = False,
 ) -> BackingUnit:
     """Open and lock the backing at `path`, a regular file or a block device. Blocks.
 
     A regular file that does not exist is created sparse with `create_size` bytes, if given. `size`
-    is how many bytes of it the unit has; the whole backing if not given.
+    is how many bytes of it the unit has; the whole backing if not given. `read_only`: the unit cannot
+    write, and others may have the backing open in the same way.
 
     Raises ClonefsError: ENOENT (not there), EBUSY (in use), EINVAL (no backing at all, or too
     small), or what the operating system says.
@@ -309,13 +320,14 @@ def open_backing(
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         raise invalid(f"{path} is neither a regular file nor a block device")
     is_device = stat.S_ISBLK(kind)
-    fd = _open(path, os.O_RDWR | (os.O_EXCL if is_device else 0))
+    alone = os.O_EXCL if is_device and not read_only else 0
+    fd = _open(path, (os.O_RDONLY if read_only else os.O_RDWR) | alone)
     beneath: int | None = None
     try:
-        _lock(fd, path)
+        _lock(fd, path, shared=read_only)
         if is_device and (file := file_under(path)) is not None:
             beneath = _open(file, os.O_RDONLY)
-            _lock(beneath, file)
+            _lock(beneath, file, shared=read_only)
         try:
             held = os.lseek(fd, 0, os.SEEK_END)
         except OSError as error:
@@ -389,14 +401,29 @@ def _sync_directory(path: Path) -> None:
 
 def _open(path: Path, flags: int) -> int:
     try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o600)
+        return open_alone(path, flags)
     except OSError as error:
         raise _refused(path, error) from error
 
 
-def _lock(fd: int, path: Path) -> None:
+def open_alone(path: Path, flags: int) -> int:
+    """Open a file, or a block device that is not mounted. Raises OSError, EBUSY for one that is.
+
+    Who opens a device with O_EXCL has it alone among those that do. For reading only it is asked
+    for, and let go again, since several may read at the same time.
+    """
+    flags |= os.O_CLOEXEC
+    if path.is_block_device():
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            os.close(os.open(path, flags | os.O_EXCL))
+        else:
+            flags |= os.O_EXCL
+    return os.open(path, flags, 0o600)
+
+
+def _lock(fd: int, path: Path, *, shared: bool = False) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise busy(
             f"{path} is in use: by a group or a clone of this mount or another, or as a metadata "

@@ -49,6 +49,9 @@ class MissingUnit:
     def set_stamp(self, stamp: str, *, durable: bool) -> None:
         pass
 
+    def modified(self) -> float | None:
+        return None
+
     def close(self) -> None:
         pass
 

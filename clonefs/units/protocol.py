@@ -62,6 +62,9 @@ class LogicalUnit(Protocol):
         """Leave a short text with the backing, beside its bytes; `durable`: on stable storage. May
         block. Where there is no place for it, or that fails, the one before stays."""
 
+    def modified(self) -> float | None:
+        """When the backing was last written to, in seconds since the epoch; None if nobody knows."""
+
     def close(self) -> None:
         """Let go of the backing. Nothing may be under way."""
 

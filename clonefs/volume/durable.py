@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 from bitarray import bitarray
 
@@ -28,6 +29,7 @@ PERSISTENT_PROTECTED_RESTORE_MAP = 2
 
 _HEADER = struct.Struct("<IBBHQII8s")
 _BITS = EXTENTS_PER_DURABLE_SECTOR
+SECTORS_AT_ONCE = 1024  # that are packed in one step: about ten milliseconds
 _NEVER_WRITTEN = bytes(DURABLE_SECTOR)
 
 assert _HEADER.size == 32
@@ -230,10 +232,12 @@ class DurableMap:
         self.damaged.clear()
 
     def begin_write(self) -> Batch:
-        """What has to be written now. One batch at a time; `end_write` must follow."""
+        """What has to be written now, or a part of it: to pack all of a large map takes long. One
+        batch at a time; `end_write` must follow."""
         assert not self.writing
-        self.writing, self.unwritten = self.unwritten, set()
-        sectors = sorted(self.writing)
+        sectors = sorted(islice(self.unwritten, SECTORS_AT_ONCE))
+        self.writing = set(sectors)
+        self.unwritten -= self.writing
         for sector in sectors:
             self._generations[sector] += 1
         writes = []

@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 from bitarray import bitarray
 
-from clonefs.errors import ClonefsError, busy, failed, invalid, missing, taken
+from clonefs.errors import ClonefsError, busy, failed, invalid, missing, read_only, taken
 from clonefs.extents import ExtentMap, Geometry, format_size
+from clonefs.units import open_alone
 from clonefs.volume import layout
 from clonefs.volume.durable import DurableMap, load_durable_maps
 from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, PAGE, DamagedError, Superblock
@@ -38,19 +39,20 @@ class MetadataVolume:
 
     `trusted`: the live maps are what the daemon before left, bit for bit. It closed the volume, or
     it died while this boot of the machine went on (`boot_id`). `overwritten` are the groups whose live
-    maps have changed all the same, `damage` sentences about the record that is not in use. Raises
-    ClonefsError.
+    maps have changed all the same, `damage` sentences about the record that is not in use.
+    `read_only`: the medium keeps stores to itself, and nothing can be committed. Raises ClonefsError.
     """
 
-    def __init__(self, medium: Medium, boot_id: str) -> None:
+    def __init__(self, medium: Medium, boot_id: str, *, read_only: bool = False) -> None:
         self._medium = medium
         self._maps: dict[MapSlot, ExtentMap] = {}
-        self._broken: ClonefsError | None = None
         # A record that could not be written, nor replaced: a crash may bring what it says into effect.
         self.uncertain = False
         self._doubted = False
         self._committing = threading.Lock()
         self.name = medium.name
+        self.read_only = read_only
+        self._broken: ClonefsError | None = _is_read_only(medium.name) if read_only else None
         self.superblock = _read_superblock(medium)
         self.generation, self.record, self.damage = _newest_record(medium, self.superblock)
         layout.check_slots(self.superblock, list(self.record.slots()))
@@ -75,6 +77,11 @@ class MetadataVolume:
     def uuid(self) -> str:
         """The volume's UUID in its usual form."""
         return str(uuid_module.UUID(bytes=self.superblock.uuid))
+
+    @property
+    def closed_cleanly(self) -> bool:
+        """Whether the record says that the volume was closed, and that nothing is the matter."""
+        return self.record.clean and not self.record.doubtful
 
     @property
     def used(self) -> int:
@@ -243,6 +250,10 @@ class MetadataVolume:
             self._medium.close()
 
 
+def _is_read_only(name: str) -> ClonefsError:
+    return read_only(f"{name} is mounted read-only: unmount it, and mount it without ro")
+
+
 def _read_superblock(medium: Medium) -> Superblock:
     medium.keep(0, PAGE)
     try:
@@ -395,14 +406,17 @@ def _no_copy_on_write(fd: int) -> None:
     fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
 
 
-def open_volume(path: Path, *, boot_id: str | None = None) -> MetadataVolume:
+def open_volume(
+    path: Path, *, boot_id: str | None = None, read_only: bool = False
+) -> MetadataVolume:
     """Open and lock the volume at `path`. Blocks. Raises ClonefsError.
 
-    `boot_id`: this boot of the machine, if it is not to be read from the kernel.
+    `boot_id`: this boot of the machine, if it is not to be read from the kernel. `read_only`: the
+    volume stays as it is, and others may have it open in the same way.
     """
-    medium = open_medium(path)
+    medium = open_medium(path, read_only=read_only)
     try:
-        return MetadataVolume(medium, boot_id or this_boot())
+        return MetadataVolume(medium, boot_id or this_boot(), read_only=read_only)
     except BaseException:
         medium.close()
         raise
@@ -411,7 +425,7 @@ def open_volume(path: Path, *, boot_id: str | None = None) -> MetadataVolume:
 def open_medium(path: Path, *, read_only: bool = False) -> FileMedium:
     """Open and lock what lies at `path`, whatever it holds. Blocks. Raises ClonefsError.
 
-    `read_only`: nothing that is done to the medium can change it.
+    `read_only`: nothing that is done to the medium can change it. The lock is shared then.
     """
     fd = _open_volume(path, os.O_RDONLY if read_only else os.O_RDWR)
     try:
@@ -445,17 +459,16 @@ def was_closed_cleanly(path: Path) -> bool:
 
 
 def _open_volume(path: Path, flags: int) -> int:
-    if path.is_block_device():  # then the kernel refuses one that is mounted
-        flags |= os.O_EXCL
+    shared = flags & os.O_ACCMODE == os.O_RDONLY
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        fd = open_alone(path, flags)
     except OSError as error:
         raise _refused(path, error) from error
     try:
         kind = os.fstat(fd).st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
             raise invalid(f"{path} is neither a regular file nor a block device")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise busy(f"{path} is in use: it is mounted, or serves as a backing") from None

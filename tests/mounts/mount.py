@@ -274,6 +274,7 @@ class Mount:
     work: Path
     options: str = ""
     volume_size: int = 4 * MiB
+    program: tuple[str, ...] = ("-m", "clonefs")
     process: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
@@ -297,7 +298,7 @@ class Mount:
 
     def _launch(self) -> None:
         assert self.process is None
-        command = [sys.executable, "-W", "error", "-m", "clonefs", "mount", "-f"]
+        command = [sys.executable, "-W", "error", *self.program, "mount", "-f"]
         if self.options:
             command += ["-o", self.options]
         with self.log.open("ab") as log:
@@ -321,7 +322,8 @@ class Mount:
         # little later.
         wait_for(self._try_umount, f"for {self.mountpoint} to be free", deadline_s=10.0)
         assert self.wait_for_end() == 0
-        assert was_closed_cleanly(self.meta)
+        if "ro" not in self.options.split(","):
+            assert was_closed_cleanly(self.meta)
 
     def _try_umount(self) -> bool:
         try:
@@ -394,9 +396,10 @@ class Mount:
             self.process = None
             self.start()
 
-    def remount(self) -> None:
-        """Unmount and mount again."""
+    def remount(self, options: str | None = None) -> None:
+        """Unmount and mount again, with the same options or with these."""
         self.umount()
+        self.options = self.options if options is None else options
         self.start()
 
     def close(self) -> None:
