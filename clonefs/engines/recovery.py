@@ -107,8 +107,8 @@ def found(volume: MetadataVolume) -> str:
     """What the volume was found to be, in words."""
     if volume.trusted and volume.record.doubtful:
         return (
-            "a write to the volume has failed: the live maps are taken with what the durable ones "
-            "have besides"
+            "a write to the metadata volume has failed: the live maps are taken with what the "
+            "durable ones have besides"
         )
     if volume.record.clean:
         return "the volume was closed cleanly: the live maps are taken as they stand"

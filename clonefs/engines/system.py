@@ -274,8 +274,10 @@ class StorageSystem:
                 await stack.enter_async_context(server.flushing)
             for server in self.servers.values():
                 await self._flush_for_stop(server, failures)
-        # What is not flushed may be lost when the machine goes down: then the durable maps know.
-        clean = self._recovered and not failures and not self._misses_units()
+        # What is not flushed may be lost when the machine goes down: then the durable maps know. A
+        # backing that is missing was flushed if the daemon before closed the volume.
+        unflushed = failures or (self.recovery is not None and self._misses_units())
+        clean = self._recovered and not unflushed
         try:
             await self._conclude(failures, clean=clean)
         finally:

@@ -14,14 +14,13 @@ from clonefs.engines import HostLu, StorageSystem
 from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR
 from clonefs.group import Clone
-from clonefs.testing.ledger import Begun, Clock, Ledger, disk_name
+from clonefs.testing.ledger import SOURCE, Begun, Clock, Ledger, disk_name
 from clonefs.testing.oracle import Register, stamp, stamps
 from clonefs.testing.world import Disk, World
 from clonefs.volume import CloneState
 
 EXTENT = 4096
 PER_EXTENT = EXTENT // SECTOR
-SOURCE = "source"
 PATIENCE = 2.0  # virtual seconds
 
 
@@ -277,7 +276,7 @@ class Driver:
         if self.alive:
             ledger.under_way.remove(entry)
             if done:
-                ledger.takes_effect(begun, disk, disk.lost)
+                ledger.restored(begun, disk, self.world.disks[disk_name(group, SOURCE)].disk)
             else:
                 ledger.source.give_up(begun, self._clock.tick())
         return done

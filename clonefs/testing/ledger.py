@@ -22,6 +22,7 @@ S = CloneState
 Disks = Mapping[str, Disk]
 Begun = list[tuple[int, Write]]
 
+SOURCE = "source"
 KEEPS_ITS_BYTES = frozenset({S.FRACTURED, S.RESTORING, S.REVERSE_OUT_OF_SYNC})
 
 
@@ -91,14 +92,15 @@ class Ledger:
             mirrored = [other for other, its in self.states.items() if its in MIRRORED]
             if mirrored:
                 raise Violation(f"{mirrored} were not split off when a restore from {name} began")
-            self.takes_effect(self.source.begin(0, content, now), disk, disk.lost)
+            raw = disks[disk_name(self.group, SOURCE)]
+            self.restored(self.source.begin(0, content, now), disk, raw)
             if state is S.REVERSE_SYNCHRONIZING:
                 self.copies.pop(name, None)
             else:
                 self.copies[name].flushed(now)  # it is what the Source shows from now on
         elif state is S.REVERSE_OUT_OF_SYNC and was in RESTORES:
             # Part old, part clone: whatever lies there, if it could still be flushed.
-            raw = disks[disk_name(self.group, "source")]
+            raw = disks[disk_name(self.group, SOURCE)]
             begun = self.source.begin(0, stamps(raw.content), now)
             self.takes_effect(begun, raw, {*raw.lost, *raw.unflushed})
             if was is S.REVERSE_SYNCHRONIZING:
@@ -106,6 +108,12 @@ class Ledger:
                 self._doubt(self.copies[name], disk, {*disk.lost, *disk.unflushed})
         elif state not in KEEPS_ITS_BYTES:
             self.copies.pop(name, None)
+
+    def restored(self, begun: Begun, clone: Disk, raw: Disk) -> None:
+        """A restore has taken effect. What the Source has lost, and nobody knows to differ, is not
+        copied again."""
+        self.takes_effect(begun, clone, clone.lost)
+        self._doubt(self.source, raw, raw.lost)
 
     def takes_effect(self, begun: Begun, disk: Disk, doubtful: Iterable[int]) -> None:
         """The Source shows what `disk` has from now on, durably, but for the sectors `doubtful`."""
@@ -124,7 +132,7 @@ class Ledger:
     def lost(self, name: str, start: int, sector: bytes) -> None:
         """A failed flush of the LU `name` has lost a sector; `sector` is on disk."""
         value, now = stamps(sector)[0], self.clock.tick()
-        registers = [self.source] if name == "source" else []
+        registers = [self.source] if name == SOURCE else []
         if name in self.copies:
             registers.append(self.copies[name])
         if self.states.get(name) in RESTORES:
@@ -142,7 +150,7 @@ class Ledger:
         """Check disks and maps as they lie there; `cut`: after a power cut."""
         now = self.clock.tick()
         contents = {name: disks[disk_name(self.group, name)].content for name in group.clones}
-        contents["source"] = disks[disk_name(self.group, "source")].content
+        contents[SOURCE] = disks[disk_name(self.group, SOURCE)].content
         for extent in range(group.geometry.extents):
             self._look_at(extent, group, contents, when, now, cut=cut)
         for name, clone in group.clones.items():
@@ -165,13 +173,13 @@ class Ledger:
         offset, length = group.geometry.bytes_of(extent, extent + 1)
         part = slice(offset, offset + length)
         restoring = group.restoring if group.is_pending(extent) else None
-        shown = "source" if restoring is None else restoring.name
+        shown = SOURCE if restoring is None else restoring.name
         values = stamps(contents[shown][part])
         what = f"{when}, the Source of {self.group} as hosts see it"
         _check(self.source, offset // SECTOR, values, now, what, cut=cut)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
-            if not marked and contents[name][part] != contents["source"][part]:
+            if not marked and contents[name][part] != contents[SOURCE][part]:
                 raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
 
 

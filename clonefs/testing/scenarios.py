@@ -59,8 +59,12 @@ async def protected_restore(d: Driver) -> None:
     await d.fracture((G, A))
     await d.write(G, SOURCE, 0, 3 * PER_EXTENT)
     await d.flush(G, SOURCE)
-    await d.rate(G, A, 1 << 20)
+    await d.rate(G, A, 256 << 10)
     await d.restore(G, A)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(d.flush, G, SOURCE)
+        nursery.start_soon(d.write, G, SOURCE, 1, 2)
+        nursery.start_soon(d.write, G, SOURCE, 2 * PER_EXTENT + 3, 1)
     await d.read(G, SOURCE, 0, 2)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(d.write, G, SOURCE, PER_EXTENT + 1, 2)
@@ -182,7 +186,11 @@ async def checkpoints(d: Driver) -> None:
         await trio.sleep(0.03)
         await d.write(G, SOURCE, round_ * PER_EXTENT + 2, 2)
         await d.flush(G, SOURCE)
+    await d.write(G, SOURCE, 0, 4 * PER_EXTENT - 3)
     await d.fracture((G, A))
+    for extent in range(4):  # while a checkpoint flushes
+        await trio.sleep(d.world.random.choice((0.0, 0.003, 0.01)))
+        await d.write(G, SOURCE, extent * PER_EXTENT, 1)
     await trio.sleep(0.05)
     await d.write(G, A, 0, 2)
     await trio.sleep(0.05)

@@ -276,6 +276,7 @@ class Mount:
     volume_size: int = 4 * MiB
     program: tuple[str, ...] = ("-m", "clonefs")
     process: "subprocess.Popen[bytes] | None" = None
+    cleanly: bool = True  # whether the volume will be a clean one when it has been closed
 
     def __post_init__(self) -> None:
         self.meta = self.work / "meta"
@@ -316,14 +317,15 @@ class Mount:
             return False
         return True
 
-    def umount(self) -> None:
-        """Unmount, and return once the volume is closed; it must be clean."""
+    def umount(self, *, clean: bool | None = None) -> None:
+        """Unmount, and return once the volume is closed; it must be clean, or must not: `cleanly` if
+        it is not said here."""
         # A file that was just closed, or a loop device that was just detached, may be let go a
         # little later.
         wait_for(self._try_umount, f"for {self.mountpoint} to be free", deadline_s=10.0)
         assert self.wait_for_end() == 0
         if "ro" not in self.options.split(","):
-            assert was_closed_cleanly(self.meta)
+            assert was_closed_cleanly(self.meta) is (self.cleanly if clean is None else clean)
 
     def _try_umount(self) -> bool:
         try:

@@ -875,6 +875,7 @@ def test_the_device_of_a_source_goes_away(mount: Mount, device: FaultyDevice) ->
     check_seen(group, "faulted", "", str(group.backing), "flushing")
     assert_same(clone.path.read_bytes(), GOOD, "the clone")
     umount_with_a_failure(mount)
+    mount.cleanly = False  # while the backing is missing
     mount.expect_in_log("is faulted")
     mount.start()
     check_seen(group, "faulted", "", str(group.backing))

@@ -300,6 +300,7 @@ def test_the_attributes_of_lus_are_the_words_of_the_control_files(shared: Mount)
     with pytest.raises(OSError):
         clone.sync("never")
     assert "never" in attributes(clone.path)["error"]
+    clone.rate("1")  # it must not end between the two looks
     clone.restore()
     write(group.source, 0, b"host's")
     assert attributes(group.source)["protected_extents"] == str(len(group.protected()))
