@@ -151,8 +151,13 @@ class Ledger:
         now = self.clock.tick()
         contents = {name: disks[disk_name(self.group, name)].content for name in group.clones}
         contents[SOURCE] = disks[disk_name(self.group, SOURCE)].content
+        # A later daemon flushes in vain what an earlier one was told to be lost, and cannot know it.
+        reverted = disks[disk_name(self.group, SOURCE)].reverted
         for extent in range(group.geometry.extents):
             self._look_at(extent, group, contents, when, now, cut=cut)
+            start, length = group.geometry.bytes_of(extent, extent + 1)
+            if reverted.isdisjoint(range(start, start + length)):
+                self._look_at_maps(extent, group, contents, when)
         for name, clone in group.clones.items():
             if clone.state is S.SYNCHRONIZED and clone.delta.count:
                 raise Violation(f"{when}: {name} of {self.group} is synchronized, and differs")
@@ -177,6 +182,12 @@ class Ledger:
         values = stamps(contents[shown][part])
         what = f"{when}, the Source of {self.group} as hosts see it"
         _check(self.source, offset // SECTOR, values, now, what, cut=cut)
+
+    def _look_at_maps(
+        self, extent: int, group: CloneGroup, contents: dict[str, bytearray], when: str
+    ) -> None:
+        offset, length = group.geometry.bytes_of(extent, extent + 1)
+        part = slice(offset, offset + length)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
             if not marked and contents[name][part] != contents[SOURCE][part]:

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from clonefs.testing.driver import PER_EXTENT, SOURCE, Driver
+from clonefs.testing.driver import PER_EXTENT, Driver
+from clonefs.testing.ledger import SOURCE
 from clonefs.volume import CloneState
 
 S = CloneState

@@ -24,8 +24,8 @@ from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR, ExtentMap
 from clonefs.group import CloneGroup
-from clonefs.testing.driver import EXTENT, PER_EXTENT, SOURCE, Counts, Driver
-from clonefs.testing.ledger import Clock, Ledger, disk_name
+from clonefs.testing.driver import EXTENT, PER_EXTENT, Counts, Driver
+from clonefs.testing.ledger import SOURCE, Clock, Ledger, disk_name
 from clonefs.testing.oracle import Register, Violation, stamp, stamps
 from clonefs.testing.scenarios import SCENARIOS
 from clonefs.testing.world import Disk, Faults, SimulatedMedium, SimulatedUnit, World

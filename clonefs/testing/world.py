@@ -47,6 +47,7 @@ class Disk:
     on_disk: bytearray
     unflushed: dict[int, list[bytes]] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
+    reverted: set[int] = field(default_factory=set)  # what was lost when the power went
     # The stamp on stable storage, and those since, oldest first.
     stamps: list[str | None] = field(default_factory=lambda: [None])
 
@@ -60,12 +61,14 @@ class Disk:
         self.content[start : start + SECTOR] = sector
         self.unflushed.setdefault(start, []).append(sector)
         self.lost.discard(start)
+        self.reverted.discard(start)
 
     def copy(self) -> "Disk":
         """The same, to be changed by somebody else."""
         unflushed = {start: list(versions) for start, versions in self.unflushed.items()}
         content, on_disk = bytearray(self.content), bytearray(self.on_disk)
-        return Disk(content, on_disk, unflushed, set(self.lost), list(self.stamps))
+        sets = set(self.lost), set(self.reverted)
+        return Disk(content, on_disk, unflushed, *sets, list(self.stamps))
 
     def cut(self, rng: random.Random) -> None:
         """The power goes: each sector is as it was on disk, or as it has been at any time since."""
@@ -75,6 +78,7 @@ class Disk:
             )
         self.content[:] = self.on_disk
         self.unflushed.clear()
+        self.reverted |= self.lost
         self.lost.clear()
         self.stamps = [rng.choice(self.stamps)]
 
