@@ -524,15 +524,6 @@ def failed_flush_leaves_the_maps(patch: Patch) -> None:
     patch.setattr(GroupServer, "_distrust_durably", nothing)
 
 
-def failed_reverse_sync_believed(patch: Patch) -> None:
-    """D8, D10: a Reverse Sync whose clone could not be flushed ends with a clone that is mirrored."""
-
-    async def nothing(self: GroupServer, name: str, error: Exception) -> None:
-        pass
-
-    patch.setattr(GroupServer, "_fail_reverse_sync", nothing)
-
-
 def failed_volume_goes_on(patch: Patch) -> None:
     """D10: a write of a durable map that failed counts, and the volume goes on being written."""
     original = DurableMap.end_write
@@ -614,7 +605,6 @@ MUTANTS: list[Mutant] = [
     recovered_with_the_live_maps,
     flushed_again_and_believed,
     failed_flush_leaves_the_maps,
-    failed_reverse_sync_believed,
     failed_volume_goes_on,
     failed_record_stays,
     clean_though_not_flushed,

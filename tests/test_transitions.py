@@ -6,7 +6,7 @@ import pytest
 
 from clonefs.errors import ClonefsError
 from clonefs.group import TABLE, Command, transitions
-from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
 
 S = CloneState
 
@@ -125,3 +125,42 @@ def test_recovery_after_a_power_cut() -> None:
     ]
     assert "start it again" in (after.clone("b").reason or "")
     assert after.clone("c") == record.clone("c")
+
+
+def test_a_reverse_sync_splits_off_what_is_mirrored_and_ends_mirrored() -> None:
+    record = group(a=S.FRACTURED, b=S.SYNCHRONIZED)
+    after = transitions.begin_restore(
+        record,
+        "a",
+        command=Command.REVERSE_SYNC,
+        to_copy=3,
+        equal=frozenset({"b"}),
+        protected=record.protected,
+        now=5.0,
+    )
+    assert [clone.state for clone in after.clones] == [S.REVERSE_SYNCHRONIZING, S.FRACTURED]
+    ended = transitions.complete_reverse_sync(after, "a", now=6.0)
+    assert ended.clone("a").state is S.SYNCHRONIZED
+    assert ended.protected == record.protected
+
+
+def test_a_reverse_sync_whose_clone_failed_ends_as_out_of_sync() -> None:
+    """Its Delta Map is then the one that P had, which must have every extent."""
+    record = transitions.failed_in_reverse_sync(
+        group(a=S.REVERSE_SYNCHRONIZING), "a", reason="flushing failed"
+    )
+    after = transitions.complete_reverse_sync(record, "a", now=6.0)
+    clone = after.clone("a")
+    assert (clone.state, clone.split_by, clone.reason) == (
+        S.OUT_OF_SYNC,
+        SplitBy.SYSTEM,
+        "flushing failed",
+    )
+    assert (clone.delta, after.protected) == (record.protected, record.clone("a").delta)
+
+
+def test_a_reverse_sync_broken_off_is_split_off() -> None:
+    record = group(a=S.REVERSE_SYNCHRONIZING)
+    after = transitions.break_off_restore(record, "a", void=False, now=7.0).clone("a")
+    assert (after.state, after.fractured_at) == (S.REVERSE_OUT_OF_SYNC, 7.0)
+    assert after.split_by is SplitBy.ADMINISTRATOR
