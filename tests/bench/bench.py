@@ -284,6 +284,103 @@ def of_requests(title: str, medians: Samples, all_times: Samples, to: str) -> st
     )
 
 
+# What durability costs: intent ahead of first writes, and maps that go with a flush
+
+DURABLE_REGION = 64 * MiB  # of each round: what is written there has not been written to before
+FSYNCS = 200
+
+
+def durability(work: Path, options: Options) -> str:
+    """Seconds of first writes, and of writes with an fsync each, against a Source without clones."""
+    mount = Mount(work)
+    size = options.rounds * 4 * DURABLE_REGION
+    samples = {title: Samples() for title in DURABLE_WORK}
+    with mount.served():
+        for group in ("plain", "split", "restored"):
+            mount.add_group(group, size)
+            fill(mount.lu(group), size)
+        for group in ("split", "restored"):
+            mount.add_clone(group)
+            mount.wait(group, "synchronized")
+            mount.command(f"{group}/clone/fracture")
+        fill(mount.lu("restored"), size)  # so that all of it differs
+        mount.command("restored/clone/rate", STUCK)
+        mount.command("restored/clone/protected_restore")
+        wait_for(lambda: not _durable_delta(mount, "split"), "a checkpoint")
+        for number in range(options.rounds):
+            for index, (title, work_on) in enumerate(DURABLE_WORK.items()):
+                start = (4 * number + index) * DURABLE_REGION
+                for group in rotated(["plain", "split", "restored"], number):
+                    for name in ("plain", "split", "restored"):
+                        flush(mount.backing(name))
+                    with opened(mount.lu(group), os.O_WRONLY) as lu:
+                        samples[title].add(group, work_on(lu, start))
+    return table(
+        ("", "no clones, s", "fractured clone: times that", "in a restore: times that"),
+        *(
+            (
+                title,
+                each.seconds("plain"),
+                each.ratio("split", "plain"),
+                each.ratio("restored", "plain"),
+            )
+            for title, each in samples.items()
+        ),
+    )
+
+
+def _durable_delta(mount: Mount, group: str) -> str:
+    return (mount.mountpoint / f"control/{group}/persistent_delta_map").read_text().strip()
+
+
+def _timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _sequential(lu: int, start: int) -> float:
+    data = b"s" * EXTENT
+
+    def work() -> None:
+        for offset in range(start, start + DURABLE_REGION, EXTENT):
+            os.pwrite(lu, data, offset)
+
+    return _timed(work)
+
+
+def _scattered(lu: int, start: int) -> float:
+    offsets = list(range(start, start + DURABLE_REGION, EXTENT))
+    random.Random(start).shuffle(offsets)
+
+    def work() -> None:
+        for offset in offsets:
+            os.pwrite(lu, b"r" * 4096, offset + 4096)
+
+    return _timed(work)
+
+
+def _fsyncs(lu: int, start: int, step: int) -> float:
+    def work() -> None:
+        for number in range(FSYNCS):
+            os.pwrite(lu, b"f" * 4096, start + number * step)
+            os.fsync(lu)
+
+    return _timed(work)
+
+
+DURABLE_WORK: dict[str, Callable[[int, int], float]] = {
+    "1024 first writes of 64 KiB in order": _sequential,
+    "1024 first writes of 4 KiB at random": _scattered,
+    "200 writes of 4 KiB, each to a new extent, each with fsync": lambda lu, start: _fsyncs(
+        lu, start, EXTENT
+    ),
+    "200 writes of 4 KiB in 13 extents, each with fsync": lambda lu, start: _fsyncs(
+        lu, start, 4096
+    ),
+}
+
+
 # 4: the whole copy of a restore against cp
 
 
@@ -508,6 +605,7 @@ BENCHES: dict[str, Callable[[Path, Options], str]] = {
     "restore": restore,
     "first-read": first_read,
     "first-write": first_write,
+    "durability": durability,
     "copy": copy,
     "io": host_io,
     "memory": memory,

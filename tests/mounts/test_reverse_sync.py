@@ -33,7 +33,11 @@ def reverse(mount: Mount) -> tuple[Group, Clone, bytes]:
     clone.rate(1)
     clone.control("reverse_sync").write("1")
     expected = bytearray(GOOD)
-    for offset, length in ((20 * EXTENT, EXTENT), (30 * EXTENT + 512, 1024), (40 * EXTENT - 512, 4096)):
+    for offset, length in (
+        (20 * EXTENT, EXTENT),
+        (30 * EXTENT + 512, 1024),
+        (40 * EXTENT - 512, 4096),
+    ):
         data = noise(offset, length)
         write(group.source, offset, data)
         expected[offset : offset + length] = data
@@ -80,7 +84,9 @@ def test_what_it_refuses(mount: Mount) -> None:
     clone.control("reverse_sync").write("1")  # it is what is asked for
     assert clone.state == "reverse-synchronizing"
     to_the_end(group, clone, expected)
-    with mount.refuses(errno.EBUSY, f"{group.name}/{clone.name}", "synchronized", "fracture it first"):
+    with mount.refuses(
+        errno.EBUSY, f"{group.name}/{clone.name}", "synchronized", "fracture it first"
+    ):
         clone.control("reverse_sync").write("1")
 
 
