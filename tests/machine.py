@@ -162,10 +162,11 @@ class Machine:
 
     def close(self) -> None:
         """Put everything away."""
-        for mountpoint in self._mountpoints():
-            self.result("umount", "--lazy", "--internal-only", mountpoint)
+        # A loop device keeps its mount alive, and has no path any more once that is taken away.
         for device in self.loops():
             self.result("losetup", "--detach", device)
+        for mountpoint in self._mountpoints():
+            self.result("umount", "--lazy", "--internal-only", mountpoint)
         self.holder.communicate(timeout=DEADLINE_S)
         wait_for(lambda: not self.daemons(), "for the daemons to end")
 

@@ -364,3 +364,216 @@ def test_an_automounter_can_mount_it(machine: Machine) -> None:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+# Loop devices ----------------------------------------------------------------------------------
+
+LOOP = "/usr/local/sbin/clonefs-loop"
+
+
+def setting(device: str, name: str) -> str:
+    """What the kernel says of a loop device."""
+    return Path("/sys/block", Path(device).name, name).read_text().strip()
+
+
+def test_a_loop_device_over_a_source(mounted: Machine) -> None:
+    source = mounted.add_group()
+    device = mounted.run(LOOP, "attach", source).strip()
+    assert setting(device, "loop/dio") == "1"
+    assert setting(device, "ro") == "0"
+    assert setting(device, "queue/logical_block_size") == "512"
+    assert setting(device, "size") == str(8 * MiB // 512)
+    assert mounted.run(LOOP, "list") == f"{device} rw {source}\n"
+    mounted.run("dd", f"if={PROGRAM}", f"of={device}", "conv=fsync", "status=none")
+    program = PROGRAM.read_bytes()
+    assert mounted.path(source).read_bytes()[: len(program)] == program
+    mounted.run(LOOP, "detach", source)
+    assert mounted.run(LOOP, "list") == ""
+    mounted.run("umount", mounted.mountpoint)
+
+
+def test_attaching_and_detaching_twice_is_as_good_as_once(mounted: Machine) -> None:
+    source = mounted.add_group()
+    device = mounted.run(LOOP, "attach", source)
+    assert mounted.run(LOOP, "attach", source) == device
+    assert mounted.run(LOOP, "attach", "--mount", mounted.mountpoint, "payroll/source") == device
+    mounted.run(LOOP, "detach", "--mount", mounted.mountpoint, "payroll/source")
+    assert mounted.run(LOOP, "list") == ""
+    mounted.run(LOOP, "detach", source)
+    mounted.run(LOOP, "detach", device.strip())
+
+
+def test_a_loop_device_is_read_only_where_the_lu_is(mounted: Machine) -> None:
+    source = mounted.add_group()
+    clone = mounted.add_clone()
+    device = mounted.run(LOOP, "attach", clone).strip()
+    assert setting(device, "ro") == "1"
+    assert mounted.run(LOOP, "list") == f"{device} ro {clone}\n"
+    (mounted.tree() / "control/payroll/nightly/fracture").write_text("1\n")
+    said = mounted.refusal(LOOP, "attach", clone, status=1)
+    assert said == (
+        f"clonefs-loop: {device} is attached to {clone} already, but not as it is wanted now (rw): "
+        "detach it first"
+    )
+    assert mounted.run(LOOP, "attach", "--read-only", clone) == f"{device}\n"
+    mounted.run(LOOP, "detach", clone)
+    device = mounted.run(LOOP, "attach", clone).strip()
+    assert setting(device, "ro") == "0"
+    mounted.run(LOOP, "detach", device)
+    device = mounted.run(LOOP, "attach", "--read-only", source).strip()
+    assert setting(device, "ro") == "1"
+    mounted.run(LOOP, "detach", source)
+
+
+def test_sectors_are_those_of_the_backing(mounted: Machine) -> None:
+    image = mounted.work / "disk.img"
+    image.write_bytes(bytes(8 * MiB))
+    attach = ("losetup", "--find", "--show", "--sector-size", "4096")
+    disk = mounted.run(*attach, image).strip()
+    source = mounted.add_group(backing=Path(disk))
+    device = mounted.run(LOOP, "attach", source).strip()
+    assert setting(device, "queue/logical_block_size") == "4096"
+    mounted.run(LOOP, "detach", source)
+    device = mounted.run(LOOP, "attach", "--sector-size", "512", source).strip()
+    assert setting(device, "queue/logical_block_size") == "512"
+    mounted.run(LOOP, "detach", source)
+    mounted.run("umount", mounted.mountpoint)
+    mounted.run("losetup", "--detach", disk)
+
+
+def test_a_device_in_use_is_not_detached(mounted: Machine) -> None:
+    source = mounted.add_group()
+    device = mounted.run(LOOP, "attach", source).strip()
+    mounted.run("mkfs.ext4", "-q", device)
+    mounted.run("mkdir", "/mnt/disk")
+    mounted.run("mount", device, "/mnt/disk")
+    said = mounted.refusal(LOOP, "detach", source, status=1)
+    assert said == f"clonefs-loop: {device} is mounted on /mnt/disk: unmount it first"
+    mounted.run("umount", "/mnt/disk")
+    mounted.run(LOOP, "detach", source)
+
+
+def test_a_device_whose_daemon_has_died_can_be_detached(mounted: Machine) -> None:
+    source = mounted.add_group()
+    dead = mounted.run(LOOP, "attach", source).strip()
+    [daemon] = mounted.daemons()
+    os.kill(daemon, signal.SIGKILL)
+    wait_for(lambda: not mounted.daemons(), "for the daemon to end")
+    mounted.run("umount", "--lazy", "--internal-only", mounted.mountpoint)
+    mounted.run("mount", "-t", "clonefs", mounted.meta, mounted.mountpoint)
+    device = mounted.run(LOOP, "attach", source).strip()
+    assert device != dead
+    mounted.run(LOOP, "detach", source)
+    for each in (device, dead):
+        assert not Path("/sys/block", Path(each).name, "loop").exists()
+
+
+def test_what_is_no_lu_is_refused(mounted: Machine) -> None:
+    mounted.add_group()
+    gone = mounted.mountpoint / "payroll/gone"
+    assert f"there is no {gone}" in mounted.refusal(LOOP, "attach", gone, status=1)
+    for path in (
+        mounted.meta,
+        mounted.mountpoint / "payroll",
+        mounted.mountpoint / "control/status",
+    ):
+        said = mounted.refusal(LOOP, "attach", path, status=1)
+        assert said == f"clonefs-loop: {path} is not an LU of a clonefs mount"
+    for wrong in ([], ["attach"], ["detach"], ["list", "it"], ["attach", "--what", "a"]):
+        assert "usage:" in mounted.refusal(LOOP, *wrong, status=2)
+    assert mounted.run(LOOP, "list") == ""
+
+
+# The installer ---------------------------------------------------------------------------------
+
+UNITS = Path("/usr/local/lib/systemd/system")
+
+
+def installed_below(root: Path) -> dict[str, str]:
+    """Every file below, with what is in it; of a link, what it says."""
+    return {
+        str(path.relative_to(root)): str(path.readlink()) if path.is_symlink() else path.read_text()
+        for path in root.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def install(root: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Install below a directory."""
+    return subprocess.run(
+        [HELPERS / "install", *arguments],
+        env=os.environ | {"DESTDIR": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_installer_can_be_run_twice_and_taken_back(tmp_path: Path) -> None:
+    assert install(tmp_path).returncode == 0
+    once = installed_below(tmp_path)
+    assert {
+        "sbin/mount.clonefs",
+        "sbin/umount.clonefs",
+        "sbin/mount.fuse.clonefs",
+        "sbin/umount.fuse.clonefs",
+        "usr/local/bin/clonefs",
+        "usr/local/sbin/clonefs-loop",
+        "usr/local/lib/systemd/system/clonefs@.service",
+        "usr/local/lib/systemd/system/clonefs-loop@.service",
+    } <= set(once)
+    assert install(tmp_path).returncode == 0
+    assert installed_below(tmp_path) == once
+    assert install(tmp_path, "--uninstall").returncode == 0
+    assert installed_below(tmp_path) == {}
+    assert install(tmp_path, "--uninstall").returncode == 0
+
+
+def test_the_installer_takes_another_prefix_and_program(tmp_path: Path) -> None:
+    assert install(tmp_path, "--prefix", "/opt/clonefs", "--program", "/bin/true").returncode == 0
+    put = installed_below(tmp_path)
+    assert put["opt/clonefs/bin/clonefs"] == "/bin/true"
+    assert "\nprogram=/opt/clonefs/bin/clonefs\n" in put["sbin/mount.clonefs"]
+    assert "/opt/clonefs/sbin/clonefs-loop" in put["etc/systemd/system/clonefs-loop@.service"]
+    assert "@PREFIX@" not in "".join(put.values())
+    assert install(tmp_path, "--uninstall", "--prefix", "/opt/clonefs").returncode == 0
+    assert installed_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["sbin/mount.clonefs", "sbin/umount.fuse.clonefs"])
+def test_the_installer_leaves_alone_what_is_not_its_own(tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / name
+    theirs.parent.mkdir()
+    theirs.write_text("theirs\n")
+    done = install(tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"install: {theirs} is there and was not put there by this: take it away first\n"
+    )
+    assert install(tmp_path, "--uninstall").returncode == 0
+    assert installed_below(tmp_path) == {name: "theirs\n"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--what"], 2), (["--prefix"], 2), (["--prefix", "here"], 1), (["--program", "/gone"], 1)],
+)
+def test_the_installer_refuses_what_it_cannot_do(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    done = install(tmp_path, *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1)
+    assert installed_below(tmp_path) == {}
+
+
+# Units -----------------------------------------------------------------------------------------
+
+
+def test_the_units_are_sound(machine: Machine) -> None:
+    machine.path("/etc/clonefs").mkdir()
+    machine.path("/etc/clonefs/a.conf").write_text("META=/m\nMOUNTPOINT=/n\n")
+    units = [UNITS / "clonefs@a.service", UNITS / "clonefs-loop@a.service"]
+    for unit in units:  # verify takes no instance of a template from another directory
+        template = unit.with_name(unit.name.replace("@a", "@"))
+        machine.run("ln", "-s", template, unit)
+    assert machine.run("systemd-analyze", "verify", "--man=no", *units) == ""
