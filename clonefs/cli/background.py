@@ -63,7 +63,7 @@ def _receive(read_end: int, daemon: Daemon) -> bytes:
         try:
             return pipe.read()
         except KeyboardInterrupt:
-            os.kill(daemon.pid, signal.SIGTERM)  # it has a session of its own: no Ctrl-C there
+            os.kill(daemon.pid, signal.SIGTERM)  # it does not listen to Ctrl-C
             raise
 
 
@@ -75,7 +75,12 @@ class _Report:
         self._said = False
 
     def ready(self) -> None:
-        """The terminal belongs to others from here on."""
+        """The terminal belongs to others from here on, and so does the session.
+
+        Not sooner: an automounter knows by the process group who is mounting for it, and lets
+        everybody else who comes to the mount point wait for the mount.
+        """
+        os.setsid()
         _silence_standard_streams()
         self._say(_READY)
 
@@ -97,7 +102,8 @@ def _child(job: Job, report: _Report) -> NoReturn:
     """Never returns: what the parent would do next is not the child's to do."""
     status = 1
     try:
-        _leave_the_session(keep=report.descriptor)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which tells us
+        _leave_behind(keep=report.descriptor)
         logging.raiseExceptions = False  # a log that nobody takes must not print on the terminal
         logging.basicConfig(level=logging.INFO, handlers=[syslog_handler(_SYSLOG)])
         job(report.ready)
@@ -112,9 +118,8 @@ def _child(job: Job, report: _Report) -> NoReturn:
         os._exit(status)
 
 
-def _leave_the_session(keep: int) -> None:
+def _leave_behind(keep: int) -> None:
     """What the shell has open (a lock, a pipe) must not stay open as long as the daemon lives."""
-    os.setsid()
     os.chdir("/")
     for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         if descriptor > 2 and descriptor != keep:

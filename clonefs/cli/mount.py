@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import background, kernel, tree
+from clonefs.cli import background, kernel, service_manager, tree
 from clonefs.cli.arguments import path as path_type
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing
 
@@ -43,7 +43,7 @@ def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bo
     job = partial(_serve, meta.absolute(), where, ",".join(filter(None, options)))
     if foreground:
         background.log_to_terminal()
-        job(lambda: None)
+        job(partial(service_manager.ready, f"{meta} is mounted on {where}"))
     else:
         _check_tree(where, background.start(job))
 
@@ -87,12 +87,15 @@ def _check_tree(mountpoint: Path, daemon: background.Daemon) -> None:
 
 @click.command()
 @click.argument("mountpoint", type=path_type)
-def umount(mountpoint: Path) -> None:
+@click.option("--dead", is_flag=True, help="Only if its daemon has died; else do nothing.")
+def umount(mountpoint: Path, dead: bool) -> None:
     """Unmount MOUNTPOINT, and return once everything is on disk.
 
     A copy that is running goes on at the next mount. A mount whose daemon has died is taken away.
     """
     where = Path(os.path.realpath(mountpoint))
+    if dead and not kernel.is_dead(where):
+        return
     there = kernel.topmost(where)
     if there is None or there.fstype != kernel.FSTYPE:
         raise invalid(f"{mountpoint} is not the mount point of a clonefs mount")
