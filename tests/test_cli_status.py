@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clonefs.cli import kernel
+from clonefs.cli import kernel, table
+from clonefs.cli.terminal import Screen
+from tests.terminal import drawn_by
 from tests.test_cli_support import GROUPS, make_mount, refusal, run
 
 
@@ -142,3 +144,108 @@ def test_status_starts_without_what_it_does_not_need(mnt: Path) -> None:
         "sys.exit(str(heavy) if heavy else 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+# On a terminal
+
+TABLE = """\
+NAME             STATE                   CONDITION  PROGRESS  DELTA  SIZE  RATE  FRACTURED             BACKING
+payroll/source   restoring from nightly  normal     -         -      1G    -     -                     /srv/pay roll.img
+payroll/nightly  restoring               normal     9/1600    1591   -     2M    2026-11-23T02:04:48Z  /srv/nightly.img
+payroll/weekly   out-of-sync             faulted    7/1600    1600   -     max   -                     /srv/\x1b[2Jx
+payroll/weekly: the disk has failed
+recovery: payroll/nightly: the restore goes on
+"""  # noqa: E501
+
+
+@pytest.fixture
+def full(mnt: Path) -> Path:
+    (mnt / "control/status").write_text(TABLE)
+    return mnt
+
+
+def test_a_wide_terminal_has_the_same_words(full: Path) -> None:
+    shown = drawn_by("status", full, columns=130)
+    assert shown.text == TABLE.replace("\x1b[2J", "?[2J")
+    for coloured in (
+        "\x1b[33mrestoring\x1b[0m",
+        "\x1b[33mrestoring from nightly\x1b[0m",
+        "\x1b[31m\x1b[1mout-of-sync\x1b[0m",
+        "\x1b[31m\x1b[1mfaulted\x1b[0m",
+        "\x1b[31m\x1b[1mpayroll/weekly: the disk has failed\x1b[0m",
+    ):
+        assert coloured in shown.drawn
+    assert "\x1b[2J" not in shown.drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [
+        (["--color", "never"], {}),
+        ([], {"NO_COLOR": "1"}),
+        ([], {"TERM": "dumb"}),
+    ],
+)
+def test_a_terminal_without_colours_has_none(
+    full: Path, words: list[str], environment: dict[str, str]
+) -> None:
+    shown = drawn_by("status", *words, full, columns=130, environment=environment)
+    assert "\x1b" not in shown.drawn
+
+
+def test_an_empty_no_color_says_nothing(full: Path) -> None:
+    assert "\x1b[33m" in drawn_by("status", full, environment={"NO_COLOR": ""}).drawn
+
+
+def test_a_pipe_has_colours_if_it_is_told_so_and_all_columns(full: Path) -> None:
+    shown = run("status", "--color", "always", full)
+    assert "\x1b[33mrestoring\x1b[0m" in shown.stdout
+    assert "/srv/nightly.img" in shown.stdout
+    assert "\x1b" not in run("status", "--color", "never", full).stdout.replace("\x1b[2J", "")
+
+
+def test_json_on_a_terminal_is_the_file(full: Path) -> None:
+    text = (full / "control/status.json").read_text()
+    assert drawn_by("status", "--json", full, columns=20).text == text
+
+
+@pytest.mark.parametrize(
+    ("columns", "hidden"),
+    [
+        (120, 0),
+        (119, 1),
+        (101, 1),
+        (100, 2),
+        (79, 2),
+        (78, 3),
+        (72, 4),
+        (66, 5),
+        (59, 6),
+        (48, 7),
+        (39, 7),
+        (30, 7),
+    ],
+)
+def test_a_narrow_terminal_loses_whole_columns_and_says_which(
+    full: Path, columns: int, hidden: int
+) -> None:
+    where = Screen(is_terminal=True, colour=False, columns=columns, lines=24, unicode=True)
+    head, *rest = table.fitted(TABLE, where)
+    lost = table.DROPPED[:hidden]
+    left = [name for name in TABLE.splitlines()[0].split() if name not in lost]
+    assert head.split() == left
+    assert all(len(line) <= columns for line in (head, *rest[:3]))
+    said = f"({columns} columns are too few for {', '.join(lost)})"
+    assert rest[3:] == ([said] if lost else []) + TABLE.splitlines()[4:]
+
+
+def test_a_very_narrow_terminal_cuts_names_short(full: Path) -> None:
+    where = Screen(is_terminal=True, colour=False, columns=36, lines=24, unicode=True)
+    rows = list(table.fitted(TABLE, where))
+    assert rows[2] == "payroll/nig…  restoring"
+    assert rows[1] == "payroll/sou…  restoring from nightly"
+
+
+def test_a_table_without_groups_is_its_head(mnt: Path) -> None:
+    (mnt / "control/status").write_text(TABLE.splitlines(keepends=True)[0])
+    assert drawn_by("status", mnt, columns=130).text.split() == TABLE.splitlines()[0].split()

@@ -98,7 +98,8 @@ def always_fails(path: Path) -> None:
 
 
 class Clock:
-    """Stands in for the module `time`: a sleep lasts no time, and lets the next thing happen."""
+    """Stands in for the module `time` and for poll(2): a wait lasts no time, and lets the next thing
+    happen."""
 
     def __init__(self, *events: Callable[[], None]) -> None:
         self.now_s = 1000.0
@@ -108,7 +109,7 @@ class Clock:
     def monotonic(self) -> float:
         return self.now_s
 
-    def sleep(self, pause_s: float) -> None:
+    def wait(self, pause_s: float) -> None:
         self.now_s += pause_s
         self.pauses_s.append(pause_s)
         if not self._events:

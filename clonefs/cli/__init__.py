@@ -22,6 +22,7 @@ import click
 from clonefs import __version__
 from clonefs.cli.copies import fracture, restore, reverse_sync, sync, wait
 from clonefs.cli.groups import add_clone, add_group, remove_clone, remove_group
+from clonefs.cli.map import map_
 from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
@@ -91,6 +92,7 @@ for _command in (
     restore,
     reverse_sync,
     status,
+    map_,
     wait,
     dump,
     check,

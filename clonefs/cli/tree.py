@@ -204,6 +204,20 @@ def read(place: Place, file: str) -> bytes:
         raise _unopened(place, file, error) from error
 
 
+def open_and_read(place: Place, file: str) -> tuple[int, str]:
+    """A descriptor of a control file of `place`, which the caller closes, and what it has read."""
+    try:
+        descriptor = os.open(place.control / file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unopened(place, file, error) from error
+    try:
+        with os.fdopen(descriptor, "rb", closefd=False) as reader:
+            return descriptor, os.fsdecode(reader.read())
+    except OSError as error:
+        os.close(descriptor)
+        raise _unopened(place, file, error) from error
+
+
 def value(place: Place, file: str) -> str:
     """The one word or line that a control file of `place` holds."""
     return os.fsdecode(read(place, file)).strip()

@@ -1,4 +1,4 @@
-"""Waiting for a copy: look, judge, sleep, look again.
+"""Waiting for a copy: look, judge, wait for a change, look again.
 
 `judge` decides from one look, without a clock or a file. The rest only reads the clone's control
 files. A wait must end: a state that a running copy can no longer leave is a failure with a reason,
@@ -8,11 +8,11 @@ never a reason to wait for ever.
 import errno
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from clonefs.cli import tree
+from clonefs.cli.changes import Look, looked_at
 from clonefs.cli.progress import Bar, progress_bar
 from clonefs.errors import ClonefsError, failed
 
@@ -29,8 +29,9 @@ STATES = (
     "reverse-out-of-sync",
 )
 
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 0.5
+# Progress is read last: a bar for a state that says done must not stand still at 99%.
+_FILES = ("state", "condition", "progress")
+_LONGEST_WAIT_S = 5.0  # poll(2) wakes before; this is for a file system that cannot
 
 
 @dataclass(frozen=True)
@@ -73,32 +74,24 @@ def wait_for(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with progress_bar(str(clone)) as bar:
         faults = _FaultNotice(clone, bar)
-        for pause in _pauses():
-            view = _look(clone)
-            bar.show(view.state, view.done, view.total)
-            verdict = judge(view, wanted)
-            if verdict is Verdict.DONE:
-                return
-            if verdict is Verdict.HOPELESS:
-                raise _hopeless(clone, view)
-            faults.see(view)
-            time.sleep(min(pause, _time_left_s(clone, view, deadline)))
+        while True:
+            with looked_at(clone, *_FILES) as look:
+                view = _view(clone, look)
+                bar.show(view.state, view.done, view.total)
+                verdict = judge(view, wanted)
+                if verdict is Verdict.DONE:
+                    return
+                if verdict is Verdict.HOPELESS:
+                    raise _hopeless(clone, view)
+                faults.see(view)
+                look.wait(min(_LONGEST_WAIT_S, _time_left_s(clone, view, deadline)))
 
 
-def _look(clone: tree.Place) -> View:
-    state = tree.value(clone, "state")
-    condition = tree.value(clone, "condition")
-    # Read last: a bar for a state that says done must not stand still at 99%.
-    done, _, total = tree.value(clone, "progress").partition("/")
+def _view(clone: tree.Place, look: Look) -> View:
+    state, condition = look.value("state"), look.value("condition")
+    done, _, total = look.value("progress").partition("/")
     troubled = state in BROKEN or condition in ("waiting", "faulted")
     return View(state, condition, int(done), int(total), tree.trouble(clone) if troubled else "")
-
-
-def _pauses() -> Iterator[float]:
-    pause = _FIRST_PAUSE_S
-    while True:
-        yield pause
-        pause = min(pause * 1.5, _LONGEST_PAUSE_S)
 
 
 def _time_left_s(clone: tree.Place, view: View, deadline: float | None) -> float:
