@@ -617,8 +617,25 @@ Focus = tuple[str, Blow] | Plan
 MANY_EXTENTS = Plan(
     0, clones=2, extents=12, lives=4, points_a_life=1500, hosts=4, requests=40, commands=30
 )
+SMALL_AND_KILLED = Plan(
+    0, clones=1, extents=3, lives=5, points_a_life=500, requests=12, commands=15, power_cuts=0.0
+)
+FAILING_VOLUME = replace_plan(
+    MANY_EXTENTS, clones=1, extents=6, power_cuts=1.0, volume_fault_rate=0.01, lasting_rate=1.0
+)
+FAILING_DISKS = Plan(
+    0,
+    clones=1,
+    extents=3,
+    points_a_life=2000,
+    hosts=8,
+    requests=30,
+    commands=15,
+    fault_rate=0.02,
+    power_cuts=0.0,
+)
 FOCUS: dict[Mutant, Focus] = {
-    protected_before_written: ("protected_restore", Blow.KILL),
+    protected_before_written: SMALL_AND_KILLED,
     trimmed_though_protected: MANY_EXTENTS,
     forgets_what_was_touched: ("checkpoints", Blow.POWER_CUT),
     does_not_look_again: MANY_EXTENTS,
@@ -628,7 +645,7 @@ FOCUS: dict[Mutant, Focus] = {
     recovered_without_the_protected_map: ("protected_restore", Blow.POWER_CUT),
     ended_without_a_flush: ("protected_restore", Blow.POWER_CUT),
     restored_without_a_flush_of_the_clone: ("a_clone_is_written_to", Blow.POWER_CUT),
-    failed_clone_forgets: ("sync_and_fracture", Blow.ERROR_ONCE),
+    failed_clone_forgets: FAILING_DISKS,
     mirrored_is_not_flushed: ("reverse_sync", Blow.POWER_CUT),
     reverse_ends_without_a_flush: ("reverse_sync", Blow.POWER_CUT),
     copies_half_a_write: ("reverse_sync", Blow.KILL),
@@ -637,8 +654,8 @@ FOCUS: dict[Mutant, Focus] = {
     one_group_held_after_the_other: ("two_groups_at_one_instant", Blow.KILL),
     flushed_again_and_believed: ("protected_restore", Blow.ERROR_ONCE),
     failed_flush_leaves_the_maps: ("protected_restore", Blow.ERROR_ONCE),
-    failed_volume_goes_on: ("checkpoints", Blow.ERROR_ONCE),
-    failed_record_stays: ("restore_begun_again", Blow.ERROR_FOR_EVER),
+    failed_volume_goes_on: FAILING_VOLUME,
+    failed_record_stays: ("protected_restore", Blow.ERROR_FOR_EVER),
     clean_though_not_flushed: ("protected_restore", Blow.ERROR_ONCE),
 }
 

@@ -33,6 +33,11 @@ async def _until_not(d: Driver, group: str, name: str, *states: CloneState) -> N
     await d.until(lambda: d.state(group, name) not in states)
 
 
+async def _write_often(d: Driver, first: int) -> None:
+    for _ in range(5):
+        await d.write(G, SOURCE, first, 2)
+
+
 async def sync_and_fracture(d: Driver) -> None:
     """L1, L2, L3, D1, D2, D3: hosts write while a clone is copied, while it is mirrored, after it
     was split off, and while it is copied again."""
@@ -40,6 +45,9 @@ async def sync_and_fracture(d: Driver) -> None:
         for first in (0, 3, 9):
             nursery.start_soon(d.write, G, SOURCE, first, 4)
     await _synchronized(d, G, A)
+    async with trio.open_nursery() as nursery:  # again and again in the same extents
+        for first in (0, 3, PER_EXTENT, PER_EXTENT + 3, 2 * PER_EXTENT):
+            nursery.start_soon(_write_often, d, first)
     async with trio.open_nursery() as nursery:  # overlapping
         nursery.start_soon(d.write, G, SOURCE, 2, 10)
         nursery.start_soon(d.write, G, SOURCE, 6, 3)
