@@ -25,6 +25,7 @@ from clonefs.cli.groups import add_clone, add_group, remove_clone, remove_group
 from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
+from clonefs.cli.verify import verify
 from clonefs.cli.volume import format_
 from clonefs.errors import ClonefsError
 
@@ -92,6 +93,7 @@ for _command in (
     reverse_sync,
     status,
     wait,
+    verify,
     dump,
     check,
 ):
