@@ -613,8 +613,10 @@ class StorageSystem:
         """Break a restore off: the Source stays part old, part clone. Else like `fracture`."""
         server = self.server(group)
         async with server.commands:
-            self._check(server, Command.FORCE_FRACTURE, name)
-            if server.group.clones[name].state not in RESTORES:
+            state = server.group.clones[name].state
+            if self._check(server, Command.FORCE_FRACTURE, name) is state:
+                return
+            if state not in RESTORES:
                 await self._fracture([(server, [name])])
                 return
             async with server.held():
