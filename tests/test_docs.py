@@ -27,6 +27,7 @@ from clonefs.volume import (
     open_volume,
 )
 from clonefs.volume.record import decode_record
+from tests import state_tables
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -109,6 +110,11 @@ def states_by_command() -> dict[Command, dict[CloneState, CloneState]]:
 
 def test_the_table_of_states_and_commands_is_that_of_the_code() -> None:
     assert states_by_command() == TABLE
+
+
+def test_the_table_and_the_diagram_of_states_are_made_from_the_code() -> None:
+    text = page("control-files.md")
+    assert state_tables.renewed(text) == text, "run python -m tests.state_tables"
 
 
 def test_every_state_is_explained() -> None:

@@ -31,6 +31,7 @@ def run_it(simulation: Simulation) -> Counter[str]:
         rotten=report.rotten,
         restores=counts.restores,
         fractures=counts.fractures,
+        verifications=counts.verifications,
         acknowledged=counts.writes,
         hit=report.hit,
     )
@@ -46,6 +47,7 @@ def test_random_hosts_commands_faults_and_deaths(pytestconfig: pytest.Config) ->
     assert done["unmounts"] > seeds / 2
     assert done["power_cuts"] > seeds
     assert done["restores"] > seeds
+    assert done["verifications"] > seeds / 2
     assert done["faults"] > seeds
     assert done["rotten"] > seeds / 20
 

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from clonefs.engines import GroupServer, Recorder, SourceLu, StorageSystem, recovery
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
+from clonefs.engines.verify import Verification
 from clonefs.extents import ExtentMap
 from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, Route, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
@@ -559,6 +560,20 @@ def stamped_before_the_commit(patch: Patch) -> None:
     patch.setattr(Recorder, "_commit", commit)
 
 
+def verified_without_a_claim(patch: Patch) -> None:
+    """A verification reports what differs at a moment, without a claim."""
+    patch.setattr(Verification, "_look_again", _report_it)
+
+
+async def _report_it(self: Verification, extent: int) -> None:
+    self._report(extent)
+
+
+def verified_by_the_map_of_before(patch: Patch) -> None:
+    """A verification looks at the maps before it reads, and not after."""
+    patch.setattr(Verification, "_should_be_equal", lambda self, extent: True)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -609,6 +624,8 @@ MUTANTS: list[Mutant] = [
     failed_record_stays,
     clean_though_not_flushed,
     stamped_before_the_commit,
+    verified_without_a_claim,
+    verified_by_the_map_of_before,
 ]
 
 

@@ -26,6 +26,7 @@ from clonefs.cli.map import map_
 from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
+from clonefs.cli.verify import verify
 from clonefs.cli.volume import format_
 from clonefs.errors import ClonefsError
 
@@ -94,6 +95,7 @@ for _command in (
     status,
     map_,
     wait,
+    verify,
     dump,
     check,
 ):

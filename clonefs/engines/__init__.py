@@ -7,6 +7,7 @@ from clonefs.engines.recovery import Recovery
 from clonefs.engines.server import GroupServer
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, statistics
 from clonefs.engines.system import StorageSystem
+from clonefs.engines.verify import VerifyStatistics
 
 __all__ = [
     "CloneLu",
@@ -19,6 +20,7 @@ __all__ = [
     "Recovery",
     "SourceLu",
     "StorageSystem",
+    "VerifyStatistics",
     "in_thread",
     "past_the_end",
     "statistics",

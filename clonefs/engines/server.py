@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -19,6 +20,9 @@ from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import MIRRORED, Clone, CloneGroup, transitions
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState, GroupRecord
+
+if TYPE_CHECKING:
+    from clonefs.engines.verify import Verification
 
 OnChange = Callable[[GroupRecord, GroupRecord], None]
 
@@ -61,6 +65,7 @@ class GroupServer:
         # them last; and flushes that have failed, which are never believed again (D10).
         self.failures: dict[str, str] = {}
         self.unflushed: dict[str, str] = {}
+        self.verifications: dict[str, Verification] = {}  # the last one of each clone
         self._on_event = on_event
         # When what the Source shows was last changed: by a host, or by a restore that began.
         self.modified = source.modified()
@@ -126,6 +131,10 @@ class GroupServer:
             self.modified = self.now()
         self._on_change(before, self.group.record)
         self.wake()
+
+    def tell(self, line: str) -> None:
+        """An event that is no change of state."""
+        self._on_event(line)
 
     # Failures
 

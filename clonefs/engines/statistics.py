@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from clonefs.engines.server import GroupServer
 from clonefs.engines.transfers import Transfers
+from clonefs.engines.verify import VerifyStatistics
 from clonefs.group import Clone
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState, SplitBy
@@ -28,6 +29,7 @@ class CloneStatistics:
     rate: int | None
     fractured_at: float | None
     written: bool
+    verify: VerifyStatistics | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def _clone(server: GroupServer, clone: Clone, transfers: Transfers) -> CloneStat
         name=record.name,
         state=record.state,
         condition=condition,
-        error=error,
+        error=error or _found(server, clone),
         backing=record.backing,
         delta_extents=clone.delta.count,
         done=_done(server, clone),
@@ -112,7 +114,18 @@ def _clone(server: GroupServer, clone: Clone, transfers: Transfers) -> CloneStat
         rate=record.rate,
         fractured_at=record.fractured_at,
         written=record.written,
+        verify=_verify(server, clone),
     )
+
+
+def _verify(server: GroupServer, clone: Clone) -> VerifyStatistics | None:
+    verification = server.verifications.get(clone.name)
+    return None if verification is None else verification.statistics()
+
+
+def _found(server: GroupServer, clone: Clone) -> str | None:
+    verification = server.verifications.get(clone.name)
+    return None if verification is None else verification.trouble()
 
 
 def _condition(server: GroupServer, clone: Clone, transfers: Transfers) -> tuple[str, str | None]:

@@ -29,6 +29,7 @@ from clonefs.engines.server import GroupServer
 from clonefs.engines.stamps import SOURCE, Doubt, Stamp, disbelieve, distrust_durably, look
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
+from clonefs.engines.verify import Verification
 from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing, taken
 from clonefs.extents import Geometry
 from clonefs.group import MIRRORED, RESTORES, CloneGroup, Command, transitions
@@ -90,6 +91,7 @@ class StorageSystem:
         self._run_ahead = run_ahead
         self._engines: dict[tuple[str, str], trio.CancelScope] = {}
         self._checkpointers: dict[str, trio.CancelScope] = {}
+        self._verifying = trio.CapacityLimiter(1)
         self._nursery: trio.Nursery | None = None
         self._recovered = False
         self._configuration = trio.Lock()
@@ -266,6 +268,9 @@ class StorageSystem:
         volume. Raises ClonefsError if not everything could be made durable."""
         for scope in (*self._engines.values(), *self._checkpointers.values()):
             scope.cancel()
+        for server in self.servers.values():
+            for verification in server.verifications.values():
+                await verification.stop()
         failures: list[str] = []
         async with AsyncExitStack() as stack:
             for server in self.servers.values():
@@ -481,6 +486,8 @@ class StorageSystem:
                 self._engines.pop((group, name)).cancel()
                 del server.units[name]
             server.forget(unit)
+            if name in server.verifications:
+                await server.verifications.pop(name).stop()
             async with server.flushing:
                 unit.close()
 
@@ -511,6 +518,30 @@ class StorageSystem:
             return record.with_clone(replace(transitions.clone_named(record, name), rate=rate))
 
         await server.change(change)
+
+    async def verify(self, group: str, name: str, rate: int | None) -> None:
+        """Begin to compare the clone with its Source, at most `rate` bytes a second of each (None
+        for no bound); of one that is running, change the rate."""
+        server = self.server(group)
+        async with server.commands:
+            transitions.clone_named(server.group.record, name)
+            verification = server.verifications.get(name)
+            if verification is not None and verification.running:
+                verification.set_rate(rate)
+                return
+            self._present(server, name)
+            assert self._nursery is not None
+            verification = Verification(server, name, rate, self._verifying)
+            server.verifications[name] = verification
+            self._nursery.start_soon(verification.run, name=f"verification of {group}/{name}")
+
+    async def stop_verifying(self, group: str, name: str) -> None:
+        """Stop comparing, if that goes on."""
+        server = self.server(group)
+        async with server.commands:
+            transitions.clone_named(server.group.record, name)
+            if name in server.verifications:
+                await server.verifications[name].stop()
 
     async def sync(self, group: str, name: str, *, then_fracture: bool = False) -> None:
         """Mirror the clone again and copy what differs; returns once that has begun."""
@@ -584,8 +615,10 @@ class StorageSystem:
         """Break a restore off: the Source stays part old, part clone. Else like `fracture`."""
         server = self.server(group)
         async with server.commands:
-            self._check(server, Command.FORCE_FRACTURE, name)
-            if server.group.clones[name].state not in RESTORES:
+            state = server.group.clones[name].state
+            if self._check(server, Command.FORCE_FRACTURE, name) is state:
+                return
+            if state not in RESTORES:
                 await self._fracture([(server, [name])])
                 return
             async with server.held():

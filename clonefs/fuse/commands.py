@@ -135,6 +135,15 @@ async def rate(system: StorageSystem, group: str, clone: str, text: str) -> None
     await system.set_rate(group, clone, value)
 
 
+async def verify(system: StorageSystem, group: str, clone: str, text: str) -> None:
+    """1, stop, or a rate"""
+    found = words(text)
+    if found == ["stop"]:
+        await system.stop_verifying(group, clone)
+    else:
+        await system.verify(group, clone, None if found == ["1"] else parse_rate(found))
+
+
 def parse_rate(found: list[str]) -> int | None:
     """Bytes a second, None for max. Raises ClonefsError (EINVAL)."""
     if found == ["max"]:

@@ -243,6 +243,13 @@ CLONE: dict[str, ControlFile] = {
     "fracture": ControlFile(write=_on_clone(commands.fracture)),
     "protected_restore": ControlFile(write=_on_clone(commands.protected_restore)),
     "reverse_sync": ControlFile(write=_on_clone(commands.reverse_sync)),
+    "verify": ControlFile(
+        lambda control, where: render.verify_text(control.clone(*where).verify),
+        _on_clone(commands.verify),
+    ),
+    "differences": ControlFile(
+        lambda control, where: render.differences_text(control.clone(*where).verify)
+    ),
 }
 
 TABLES: tuple[dict[str, ControlFile], ...] = (TOP, GROUP, CLONE)

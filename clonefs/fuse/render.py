@@ -3,10 +3,11 @@
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from clonefs.engines import CloneStatistics, GroupStatistics, Recovery
+from clonefs.engines import CloneStatistics, GroupStatistics, Recovery, VerifyStatistics
 from clonefs.extents import format_size
 from clonefs.volume import MetadataVolume
 
@@ -23,6 +24,21 @@ def timestamp(seconds: float | None) -> str | None:
 def rate_text(rate: int | None) -> str:
     """A rate as its control file shows it."""
     return "max" if rate is None else format_size(rate)
+
+
+def verify_text(verify: VerifyStatistics | None) -> str:
+    """What the file `verify` shows."""
+    if verify is None:
+        return "idle\n"
+    return (
+        f"{verify.state} {verify.done}/{verify.total} {verify.different} differ "
+        f"{verify.unreadable} unreadable\n"
+    )
+
+
+def differences_text(verify: VerifyStatistics | None) -> str:
+    """What the last verification has found, as an extent list."""
+    return f"{'' if verify is None else verify.differences}\n"
 
 
 def table(
@@ -135,5 +151,6 @@ def _clone_json(clone: CloneStatistics) -> dict[str, Any]:
         "rate": "max" if clone.rate is None else clone.rate,
         "fractured_at": timestamp(clone.fractured_at),
         "written": clone.written,
+        "verify": None if clone.verify is None else asdict(clone.verify),
         "error": clone.error,
     }

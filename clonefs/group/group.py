@@ -350,6 +350,37 @@ class CloneGroup:
             clone.delta.clear(claim.first, claim.stop)
         self.scoreboard.release(claim)
 
+    # Verification
+
+    def equal_run(self, clone: Clone, start: int, stop: int, most: int) -> Run:
+        """The first extents of [start, stop), at most `most`, that are equal in `clone` and the
+        Source, if the maps are right; empty, at `stop`, if there are none."""
+        maps = [clone.delta]
+        if clone is self.restoring and self.protecting:
+            maps.append(self.protected)
+        first = start
+        while (at := max(each.next_clear(first, stop) for each in maps)) > first:
+            first = at
+        end = min(first + most, stop)
+        ends = [each.next_set(first, end) for each in maps]
+        return Run(first, min((each for each in ends if each >= 0), default=end))
+
+    def claim_to_verify(self, name: str, extent: int) -> Claim | None:
+        """Claim an extent so that it can be compared with the clone `name`; None if it is claimed.
+
+        From now on nobody copies it, no write of it is mirrored, and no transition takes place, so
+        that no bit of it is cleared. A write that is not mirrored may come at any time, and sets the
+        bit first (L1, L4). If no map has the extent, no mirrored write is under way either (L2).
+        """
+        if self.scoreboard.overlapping(extent, extent + 1) is not None:
+            return None
+        return self.scoreboard.claim(extent, extent + 1, Engine.VERIFY, name)
+
+    def end_verify(self, claim: Claim) -> None:
+        """The comparison has ended."""
+        self._not_believed.discard(claim)
+        self.scoreboard.release(claim)
+
     # Around transitions
 
     def equal(self) -> frozenset[str]:

@@ -2,7 +2,8 @@
 
 "This allows both engines to know which extents the other (and themselves) is copying." Only who has
 claimed an extent copies it (rule L3); a host write that overwrites pending extents whole claims them
-like an engine does. Claims are few at any time, so they are kept as runs and looked through.
+like an engine does, and so does a verification while it looks at an extent for the second time.
+Claims are few at any time, so they are kept as runs and looked through.
 
 Invariant: no two claims overlap.
 """
@@ -20,11 +21,13 @@ class Engine(StrEnum):
     SYNC = "sync"
     COD = "cod"
     HOST = "host"
+    VERIFY = "verify"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Claim:
-    """The extents [first, stop), claimed by `engine`, to be copied from or to `clone`."""
+    """The extents [first, stop), claimed by `engine`, to be copied from or to `clone`, or compared
+    with it."""
 
     first: int
     stop: int

@@ -35,6 +35,7 @@ class Counts:
     refused: int = 0
     restores: int = 0
     fractures: int = 0
+    verifications: int = 0
 
 
 class Driver:
@@ -218,6 +219,12 @@ class Driver:
     async def rate(self, group: str, name: str, rate: int | None) -> bool:
         """Bound the copies of a clone, in bytes a second."""
         return await self.command(group, give=lambda: self.system.set_rate(group, name, rate))
+
+    async def verify(self, group: str, name: str, rate: int | None) -> bool:
+        """Compare a clone with its Source, which must find nothing; that is looked at when the
+        events come."""
+        self.counts.verifications += 1
+        return await self.command(group, give=lambda: self.system.verify(group, name, rate))
 
     async def add_group(self, group: str) -> bool:
         """Make a group, if there is none."""

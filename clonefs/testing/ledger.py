@@ -126,8 +126,10 @@ class Ledger:
 
     def _doubt(self, register: Register, disk: Disk, doubtful: Iterable[int]) -> None:
         for start in sorted(doubtful):
-            value = stamps(disk.on_disk[start : start + SECTOR])[0]
-            register.dropped(start // SECTOR, value, self.clock.tick())
+            # A power cut may leave what is on disk, or whatever was written since and not flushed.
+            versions = [disk.on_disk[start : start + SECTOR], *disk.unflushed.get(start, ())]
+            for version in versions:
+                register.dropped(start // SECTOR, stamps(version)[0], self.clock.tick())
 
     def lost(self, name: str, start: int, sector: bytes) -> None:
         """A failed flush of the LU `name` has lost a sector; `sector` is on disk."""

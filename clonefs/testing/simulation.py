@@ -414,6 +414,8 @@ class _Life:
     def _event(self, line: str) -> None:
         if "every extent is taken to differ" in line and self.world.frozen is None:
             raise Violation(f"no death can bring a group in doubt: {line}")
+        if "no map has it" in line and self.world.frozen is None:
+            raise Violation(f"a verification has found what is not there: {line}")
         self.d.observe()
 
     async def _open(
@@ -501,6 +503,9 @@ class _Life:
                 await self.d.restore(group, name)
             case "reverse":
                 await self.d.restore(group, name, reverse=True)
+            case "verify":
+                rate = self.random.choice((None, None, 1 << 20))
+                await self.d.verify(group, name, rate)
             case "configure":
                 if chance < 0.3:
                     await self.d.remove_clone(group, name)
@@ -532,7 +537,7 @@ class _Life:
 
 _COMMANDS = (
     *("sync", "sync", "fracture", "fracture", "restore", "restore"),
-    *("reverse", "rate", "force", "several", "configure"),
+    *("reverse", "rate", "force", "several", "configure", "verify"),
 )
 
 

@@ -130,6 +130,7 @@ def test_status_json_has_what_the_contract_says(shared: Mount) -> None:
             "progress": {"done": 16, "total": 16},
             "rate": "max",
             "written": False,
+            "verify": None,
             "error": None,
         }
     }
