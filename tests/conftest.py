@@ -5,6 +5,7 @@ from the fixture `rng`, so that a run that failed can be had again with the seed
 """
 
 import random
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known, and choose the seed."""
     config.addinivalue_line("markers", "long: takes minutes; run with --long only")
     seed = config.getoption("--seed")
+    seed = getattr(config, "workerinput", {}).get("seed", seed)  # all processes have the same
     config.option.seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    if config.pluginmanager.hasplugin("dsession"):
+        config.pluginmanager.register(_Workers(config.option.seed))
+
+
+class _Workers:
+    """Tells the processes that run tests the seed (pytest-xdist)."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """A process is about to begin."""
+        node.workerinput["seed"] = self._seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -20,9 +20,12 @@ PROGRAM = TOP / ".venv/bin/clonefs"
 
 _UNSHARE = ("unshare", "--mount", "--propagation", "private")
 
-# What programs of the test write to; /mnt is for everybody, tmp_path is for root alone.
+# What programs of the test write to; /mnt is for everybody, tmp_path is for root alone. First it lets go
+# of what other tests have mounted at the moment: they could not take it down as long as it is here.
 _LAYERS = """
 set -e
+awk '$0 ~ / - (fuse[.][^ ]+|[^ ]+ [/]dev[/]loop)/ { print $5 }' /proc/self/mountinfo | sort -r |
+    while read -r mounted; do umount --lazy "$mounted" || true; done
 mount -t tmpfs tmpfs {layers}
 for directory in $(realpath /sbin) /usr/local /etc; do
     name={layers}/$(echo "$directory" | tr / -)

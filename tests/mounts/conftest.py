@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,19 @@ def pytest_terminal_summary(
         listed = ", ".join(f"{count} {what}" for what, count in sorted(KILLS.items()))
         terminalreporter.write_line(f"SIGKILL of the daemon: {KILLS.total()} times: {listed}")
         terminalreporter.write_line(f"their moments: --seed={config.getoption('--seed')}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of several hands its kills over."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["kills"] = dict(KILLS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes has ended."""
+    KILLS.update(getattr(node, "workeroutput", {}).get("kills", {}))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -522,6 +522,17 @@ def test_a_backing_of_another_mount_is_ebusy(shared: Mount, tmp_path: Path) -> N
             group.control("add_clone").write(f"nightly {clone.backing}")
 
 
+def is_free(device: Path) -> bool:
+    """Whether a device can be had alone: a mount namespace may hold what was just unmounted."""
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
+
+
 def test_a_block_device_that_is_mounted_or_in_use_is_ebusy(shared: Mount, tmp_path: Path) -> None:
     import contextlib
 
@@ -538,6 +549,7 @@ def test_a_block_device_that_is_mounted_or_in_use_is_ebusy(shared: Mount, tmp_pa
         with shared.refuses(errno.EBUSY, group.name, str(loop.path)):
             group.control("add_clone").write(f"nightly {loop.path}")
         unmount()
+        wait_for(lambda: is_free(loop.path), f"for {loop.path} to be free")
         shared.control("add_group").write(f"device {loop.path}")
         with shared.refuses(errno.EBUSY, group.name, str(loop.path)):
             group.control("add_clone").write(f"nightly {loop.path}")

@@ -304,6 +304,7 @@ def test_the_attributes_of_lus_are_the_words_of_the_control_files(shared: Mount)
     clone.restore()
     write(group.source, 0, b"host's")
     assert attributes(group.source)["protected_extents"] == str(len(group.protected()))
+    clone.rate("64M")
     clone.wait("fractured")
     assert attributes(clone.path)["state"] == "fractured"
     shown = run("getfattr", "-d", "--absolute-names", clone.path)
