@@ -574,6 +574,18 @@ def verified_by_the_map_of_before(patch: Patch) -> None:
     patch.setattr(Verification, "_should_be_equal", lambda self, extent: True)
 
 
+def remembers_a_stamp_that_is_not_durable(patch: Patch) -> None:
+    """D11: the record remembers a stamp that a power cut may take."""
+    original = Recorder._stamp
+
+    def stamp(
+        self: Recorder, backings: Iterable[tuple[LogicalUnit, str]], *, durable: bool
+    ) -> None:
+        original(self, backings, durable=False)
+
+    patch.setattr(Recorder, "_stamp", stamp)
+
+
 MUTANTS: list[Mutant] = [
     source_write_unmarked,
     clone_write_unmarked,
@@ -624,6 +636,7 @@ MUTANTS: list[Mutant] = [
     failed_record_stays,
     clean_though_not_flushed,
     stamped_before_the_commit,
+    remembers_a_stamp_that_is_not_durable,
     verified_without_a_claim,
     verified_by_the_map_of_before,
 ]

@@ -10,8 +10,10 @@ Never must anything be copied, in either direction, because a volume in doubt sa
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -19,7 +21,7 @@ from msgspec.structs import replace
 from clonefs.engines.recorder import Recorder
 from clonefs.engines.recovery import Loaded, in_doubt, load
 from clonefs.group import transitions
-from clonefs.units import read_stamp
+from clonefs.units import STAMP, MissingUnit, read_stamp
 from clonefs.volume import CloneState, GroupRecord, MetadataVolume
 
 SOURCE = "source"  # stands where a clone has its state
@@ -88,16 +90,21 @@ def look_offline(volume: MetadataVolume) -> Doubt:
 def look(volume: MetadataVolume, units: Mapping[str, Iterable[Stamped]]) -> Doubt:
     """Compare the stamps of the backings, by group, with `volume`, as it was opened.
 
-    One stamp that is newer than the volume tells of all of it; one of another volume tells of its
-    group.
+    One stamp that is newer than the volume tells of all of it; one of another volume, or one that was
+    there and is gone, tells of its group.
     """
     reasons: dict[str, str] = {}
     states: dict[str, CloneState] = {}
     newest, older = 0, ""
     for group, those in units.items():
-        for unit in those:
+        for unit, expected in zip(those, _stamped(volume, group), strict=False):
             stamp = Stamp.of(unit)
             if stamp is None:
+                if expected and _is_there(unit):
+                    reasons[group] = (
+                        f"{unit.name} has lost the attribute {STAMP} that was left with it: it was "
+                        f"replaced, or copied without its attributes"
+                    )
                 continue
             if stamp.uuid != volume.uuid:
                 reasons[group] = (
@@ -114,6 +121,35 @@ def look(volume: MetadataVolume, units: Mapping[str, Iterable[Stamped]]) -> Doub
                     f"was damaged"
                 )
     return Doubt(dict.fromkeys(units, older) if newest else reasons, newest, states)
+
+
+def _stamped(volume: MetadataVolume, group: str) -> Iterator[bool]:
+    """Which backings of a group must have a stamp: the Source, and the clones in their order."""
+    for record in volume.record.groups:
+        if record.name == group:
+            yield record.stamped
+            yield from (clone.stamped for clone in record.clones)
+    yield from itertools.repeat(False)
+
+
+def _is_there(unit: "Stamped") -> bool:
+    return not isinstance(unit, MissingUnit) and (
+        not isinstance(unit, _Path) or Path(unit.name).exists()
+    )
+
+
+def remember(record: GroupRecord, units: Iterable[Stamped]) -> GroupRecord:
+    """The record, knowing which backings have a stamp: the Source's and the clones' in their order.
+    These must be on stable storage before it is."""
+    source, *others = (
+        None if isinstance(unit, MissingUnit) else Stamp.of(unit) is not None for unit in units
+    )
+    clones = (
+        clone if has is None else replace(clone, stamped=has)
+        for clone, has in zip(record.clones, others, strict=True)
+    )
+    stamped = record.stamped if source is None else source
+    return replace(record, stamped=stamped, clones=tuple(clones))
 
 
 def disbelieve(

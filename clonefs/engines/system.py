@@ -26,7 +26,15 @@ from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
 from clonefs.engines.recovery import OVERWRITTEN, Loaded, Recovery, found, load
 from clonefs.engines.server import GroupServer
-from clonefs.engines.stamps import SOURCE, Doubt, Stamp, disbelieve, distrust_durably, look
+from clonefs.engines.stamps import (
+    SOURCE,
+    Doubt,
+    Stamp,
+    disbelieve,
+    distrust_durably,
+    look,
+    remember,
+)
 from clonefs.engines.sync import SyncEngine
 from clonefs.engines.transfers import RUN, Transfers
 from clonefs.engines.verify import Verification
@@ -34,7 +42,7 @@ from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing, ta
 from clonefs.extents import Geometry
 from clonefs.group import MIRRORED, RESTORES, CloneGroup, Command, transitions
 from clonefs.units import LogicalUnit, MissingUnit
-from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
+from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, Record, SplitBy
 
 log = logging.getLogger(__name__)
 
@@ -322,6 +330,8 @@ class StorageSystem:
         backings = [each for server in servers for each in self._backings_of(server.group.record)]
         try:
             if clean:
+                await self.recorder.stamp(backings, durable=True)
+                await self.recorder.commit(self._remember_stamps)
                 await self.recorder.conclude()
             if self._recovered:
                 await self.recorder.stamp(backings, durable=True)
@@ -329,6 +339,14 @@ class StorageSystem:
             failures.append(error.reason)
         for unit, _ in backings:
             unit.close()
+
+    def _remember_stamps(self, record: Record) -> Record:
+        """Which backings must have a stamp from now on: those that have one, on stable storage."""
+        for server in self.servers.values():
+            group = server.group.record
+            units = [server.source, *(server.units[clone.name] for clone in group.clones)]
+            record = record.with_group(remember(group, units))
+        return record
 
     def _event(self, line: str, *place: str) -> None:
         if place:

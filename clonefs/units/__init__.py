@@ -5,12 +5,20 @@ is the narrow interface; `BackingUnit` is a file or a block device, `MissingUnit
 could not be opened, and clonefs.testing has a simulated one.
 """
 
-from clonefs.units.backing import BackingUnit, file_under, open_alone, open_backing, read_stamp
+from clonefs.units.backing import (
+    STAMP,
+    BackingUnit,
+    file_under,
+    open_alone,
+    open_backing,
+    read_stamp,
+)
 from clonefs.units.flushing import FlushFailure
 from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
 
 __all__ = [
+    "STAMP",
     "BackingUnit",
     "Buffer",
     "FlushFailure",

@@ -39,6 +39,7 @@ class MapSlot(msgspec.Struct, frozen=True):
 class CloneRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A clone. Times are seconds since the epoch; `rate` is bytes a second, None for no limit.
 
+    `stamped`: its backing has had a stamp on stable storage (clonefs/engines/stamps.py).
     `copy_total` is how many extents the running copy, or the last one, had to copy when it began.
     """
 
@@ -53,6 +54,7 @@ class CloneRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     then_fracture: bool = False
     rate: int | None = None
     copy_total: int = 0
+    stamped: bool = False
 
 
 class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +63,8 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `durable` are the pages that belong to the group's durable maps (data-format.md). `epoch` is the
     number of the last restore: sectors of the PPRM with another number count as empty. `void`: a
     restore has begun again, and what the live map in `protected` says is of the time before.
-    `live_checksum` is that of the live maps when the volume was closed cleanly, else None.
+    `live_checksum` is that of the live maps when the volume was closed cleanly, else None. `stamped`:
+    the Source's backing has had a stamp on stable storage.
     """
 
     name: str
@@ -74,6 +77,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int = 0
     void: bool = False
     live_checksum: int | None = None
+    stamped: bool = False
 
     def clone(self, name: str) -> CloneRecord:
         """The clone of that name. Raises KeyError."""

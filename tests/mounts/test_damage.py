@@ -707,3 +707,36 @@ def test_another_volume_that_has_had_the_same_backings(mount: Mount, end: End) -
     start_and_hear(mount, f"{group.name}: {group.backing} has been in use with another metadata")
     assert (kept.state, kept.delta()) == ("fractured", {5})
     check_in_doubt(group, clone, mirror, source)
+
+
+# Backings that are not what they were ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whose", ["source", "clone"])
+def test_a_backing_that_was_replaced(mount: Mount, whose: str) -> None:
+    """By another file of its size, or by a copy that has not kept the attributes: nobody knows what is
+    in it, so that the group is in doubt, once."""
+    group = mount.add_group(data=GOOD)
+    clone, mirror = group.add_fractured(), group.add_clone("mirror")
+    mirror.wait("synchronized")
+    mount.umount()
+    backing = group.backing if whose == "source" else clone.backing
+    backing.unlink()
+    backing.write_bytes(RUIN)
+    start_and_hear(mount, f"{backing} has lost the attribute")
+    assert (clone.state, mirror.state) == ("fractured", "out-of-sync")
+    assert clone.delta() == mirror.delta() == ALL
+    assert "replaced" in mirror.control("error").read()
+    mount.umount()
+    start_in_silence(mount)
+
+
+def test_a_backing_that_was_moved_with_its_attributes_is_what_it_was(mount: Mount) -> None:
+    group = mount.add_group(data=GOOD)
+    clone = group.add_fractured()
+    mount.umount()
+    away = clone.backing.with_name("away")
+    run("cp", "--archive", clone.backing, away)
+    away.rename(clone.backing)
+    start_in_silence(mount)
+    assert (clone.state, clone.delta()) == ("fractured", set())
