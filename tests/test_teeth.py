@@ -74,11 +74,6 @@ def overlapping_writes_pass(patch: Patch) -> None:
     patch.setattr(WritesInFlight, "overlaps", lambda self, offset, end: False)
 
 
-def failed_clone_forgets(patch: Patch) -> None:
-    """L2: a clone that is split off under way does not keep what is being written."""
-    patch.setattr(WritesInFlight, "keep_all", lambda self, clone: None)
-
-
 def claims_do_not_hold(patch: Patch) -> None:
     """L3: host writes do not wait for claimed extents."""
     original = CloneGroup.admit_write
@@ -537,16 +532,6 @@ def failed_record_stays(patch: Patch) -> None:
     patch.setattr(MetadataVolume, "_doubt", lambda self: True)
 
 
-def clean_though_not_flushed(patch: Patch) -> None:
-    """D10: the volume is closed as a clean one although a flush has failed."""
-    original = MetadataVolume.close
-
-    def close(self: MetadataVolume, *, clean: bool) -> None:
-        original(self, clean=True)
-
-    patch.setattr(MetadataVolume, "close", close)
-
-
 def stamped_before_the_commit(patch: Patch) -> None:
     """D11: the backings learn of a record that may never be on disk."""
     original = Recorder._commit
@@ -592,7 +577,6 @@ MUTANTS: list[Mutant] = [
     mirrored_write_unmarked,
     mirrored_write_forgets,
     overlapping_writes_pass,
-    failed_clone_forgets,
     claims_do_not_hold,
     failed_copy_counts,
     cleared_before_the_copy,
@@ -634,7 +618,6 @@ MUTANTS: list[Mutant] = [
     failed_flush_leaves_the_maps,
     failed_volume_goes_on,
     failed_record_stays,
-    clean_though_not_flushed,
     stamped_before_the_commit,
     remembers_a_stamp_that_is_not_durable,
     verified_without_a_claim,
@@ -653,17 +636,6 @@ SMALL_AND_KILLED = Plan(
 FAILING_VOLUME = replace_plan(
     MANY_EXTENTS, clones=1, extents=6, power_cuts=1.0, volume_fault_rate=0.01, lasting_rate=1.0
 )
-FAILING_DISKS = Plan(
-    0,
-    clones=1,
-    extents=3,
-    points_a_life=2000,
-    hosts=8,
-    requests=30,
-    commands=15,
-    fault_rate=0.02,
-    power_cuts=0.0,
-)
 FOCUS: dict[Mutant, Focus] = {
     protected_before_written: SMALL_AND_KILLED,
     trimmed_though_protected: MANY_EXTENTS,
@@ -675,7 +647,6 @@ FOCUS: dict[Mutant, Focus] = {
     recovered_without_the_protected_map: ("protected_restore", Blow.POWER_CUT),
     ended_without_a_flush: ("protected_restore", Blow.POWER_CUT),
     restored_without_a_flush_of_the_clone: ("a_clone_is_written_to", Blow.POWER_CUT),
-    failed_clone_forgets: FAILING_DISKS,
     mirrored_is_not_flushed: ("reverse_sync", Blow.POWER_CUT),
     reverse_ends_without_a_flush: ("reverse_sync", Blow.POWER_CUT),
     copies_half_a_write: ("reverse_sync", Blow.KILL),
@@ -686,7 +657,6 @@ FOCUS: dict[Mutant, Focus] = {
     failed_flush_leaves_the_maps: ("protected_restore", Blow.ERROR_ONCE),
     failed_volume_goes_on: FAILING_VOLUME,
     failed_record_stays: ("protected_restore", Blow.ERROR_FOR_EVER),
-    clean_though_not_flushed: ("protected_restore", Blow.ERROR_ONCE),
 }
 
 

@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+from bitarray import bitarray
 
 from clonefs.errors import ClonefsError
-from clonefs.group import TABLE, Command, transitions
+from clonefs.extents import ExtentMap
+from clonefs.group import TABLE, CloneGroup, Command, WriteTicket, transitions
 from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot, SplitBy
 
 S = CloneState
@@ -164,3 +166,22 @@ def test_a_reverse_sync_broken_off_is_split_off() -> None:
     after = transitions.break_off_restore(record, "a", void=False, now=7.0).clone("a")
     assert (after.state, after.fractured_at) == (S.REVERSE_OUT_OF_SYNC, 7.0)
     assert after.split_by is SplitBy.ADMINISTRATOR
+
+
+def test_what_is_being_written_stays_marked_when_its_clone_is_split_off() -> None:
+    """L2: a later write does not know of the one under way, which ends after it."""
+    maps: dict[MapSlot, ExtentMap] = {}
+
+    def map_of(slot: MapSlot, extents: int) -> ExtentMap:
+        if slot not in maps:
+            maps[slot] = ExtentMap(bitarray(4096 * 8, endian="little"), extents)
+        return maps[slot]
+
+    at_work = CloneGroup(group(a=S.SYNCHRONIZED), map_of)
+    ticket = at_work.admit_write(0, 512)
+    assert isinstance(ticket, WriteTicket)
+    record = transitions.split_off_failed(at_work.record, "a", reason="it failed", now=1.0)
+    at_work.split_off(record, "a")
+    assert at_work.admit_simple_write(4096, 512)  # the same extent, and the Source alone
+    at_work.end_write(ticket, written=True, unequal=[])
+    assert at_work.clones["a"].delta[0] == 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from clonefs.volume import format_volume
+from clonefs.volume import format_volume, was_closed_cleanly
 from tests.mounts.faulty import FaultyDevice, faulty_device
 from tests.mounts.mount import (
     EXTENT,
@@ -346,6 +346,8 @@ def umount_with_a_failure(mount: Mount) -> None:
     """Unmount; the daemon says that not all is on disk."""
     run("umount", mount.mountpoint)
     assert mount.wait_for_end() == 1
+    if mount.meta.exists():  # its device may have gone away
+        assert not was_closed_cleanly(mount.meta)
 
 
 def test_a_flush_of_the_source_that_failed_is_never_believed(
