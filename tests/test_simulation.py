@@ -11,37 +11,32 @@ import pytest
 
 from clonefs.engines import StorageSystem
 from clonefs.errors import ClonefsError
-from clonefs.testing import SCENARIOS, Blow, Simulation, plan_of, random_plan, run_simulation
+from clonefs.testing import (
+    SCENARIOS,
+    Blow,
+    Report,
+    Simulation,
+    plan_of,
+    random_plan,
+    run_simulation,
+)
 from clonefs.volume import MapSlot, MetadataVolume
 
 
-def run_it(simulation: Simulation) -> Counter[str]:
-    """Run it; what it has done."""
+def run_it(simulation: Simulation) -> Report:
+    """Run it. A run that fails names its plan."""
     try:
-        report = simulation.run()
+        return simulation.run()
     except BaseException as error:
         error.add_note(f"of {simulation.plan}")
         raise
-    counts = report.counts
-    return Counter(
-        deaths=report.deaths,
-        power_cuts=report.power_cuts,
-        unmounts=report.unmounts,
-        faults=report.faults,
-        rotten=report.rotten,
-        restores=counts.restores,
-        fractures=counts.fractures,
-        verifications=counts.verifications,
-        acknowledged=counts.writes,
-        hit=report.hit,
-    )
 
 
 def test_random_hosts_commands_faults_and_deaths(pytestconfig: pytest.Config) -> None:
     seeds = 4000 if pytestconfig.getoption("--long") else 160
     done: Counter[str] = Counter()
     for seed in range(seeds):
-        done += run_it(Simulation(random_plan(seed)))
+        done += run_it(Simulation(random_plan(seed))).figures()
     # A simulation in which nothing happens would pass too.
     assert done["deaths"] > seeds
     assert done["unmounts"] > seeds / 2
@@ -60,7 +55,7 @@ def test_a_blow_at_every_point(scenario: str, blow: Blow, pytestconfig: pytest.C
     step = 1 if pytestconfig.getoption("--long") else 23
     runs = 0
     for number in range(1, 100_000, step):
-        if not run_it(Simulation(plan_of(scenario, blow, number)))["hit"]:
+        if not run_it(Simulation(plan_of(scenario, blow, number))).hit:
             break
         runs += 1
     assert runs * step > 100

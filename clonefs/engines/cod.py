@@ -58,8 +58,7 @@ class CodEngine:
         offset, length = server.group.geometry.bytes_of(claim.first, claim.stop)
         copied = False
         try:
-            if not server.durability.covers(offset, length):
-                await server.durability.cover(offset, length)
+            await server.durability.cover(offset, length)
             data = clone.read_now(offset, length)
             if data is None:
                 data = await clone.read(offset, length)

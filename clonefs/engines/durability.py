@@ -46,7 +46,8 @@ class Durability:
         return not self._group.clones or self.delta.covers(first, stop)
 
     async def cover(self, offset: int, length: int) -> None:
-        """D1: mark the extents, and what lies around them, and wait until that is durable.
+        """D1: mark the extents, and what lies around them, and wait until that is durable. Does not
+        wait if it is already, and lets nobody run between the last look and its return.
 
         Raises ClonefsError if it cannot be.
         """

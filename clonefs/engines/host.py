@@ -125,11 +125,11 @@ class SourceLu:
     async def write(self, offset: int, data: Buffer) -> None:
         await self._gate.enter()
         try:
-            if self._volume.uncertain or self._group.changes_maps(offset, len(data)):
-                self._server.recorder.check()
-            durability = self._server.durability
-            while not durability.covers(offset, len(data)):
-                await durability.cover(offset, len(data))
+            if self._volume.broken is not None and (
+                self._volume.uncertain or self._group.changes_maps(offset, len(data))
+            ):
+                raise self._volume.broken
+            await self._server.durability.cover(offset, len(data))
             if self._group.admit_simple_write(offset, len(data)):
                 await _write(self._unit, offset, data)
             else:
@@ -140,10 +140,8 @@ class SourceLu:
 
     async def _admit(self, offset: int, length: int) -> WriteTicket:
         """Wait in the COD Queue until the write may begin."""
-        durability = self._server.durability
         while True:
-            while not durability.covers(offset, length):
-                await durability.cover(offset, length)
+            await self._server.durability.cover(offset, length)
             outcome = self._group.admit_write(offset, length)
             if isinstance(outcome, WriteTicket):
                 return outcome
@@ -258,13 +256,14 @@ class CloneLu:
             if not self.writable():
                 raise self.refuse_write()
             clone = self._group.clones[self._name]
-            changes_maps = self._group.clone_write_changes_maps(clone, offset, len(data))
-            if self._server.recorder.volume.uncertain or changes_maps:
-                self._server.recorder.check()
+            volume = self._server.recorder.volume
+            if volume.broken is not None and (
+                volume.uncertain or self._group.clone_write_changes_maps(clone, offset, len(data))
+            ):
+                raise volume.broken
             if not clone.record.written:
                 await self._server.change(lambda group: transitions.written(group, self._name))
-            while not self._server.durability.covers(offset, len(data)):
-                await self._server.durability.cover(offset, len(data))
+            await self._server.durability.cover(offset, len(data))
             self._group.mark_clone_write(self._group.clones[self._name], offset, len(data))
             await _write(self._unit, offset, data)
         finally:

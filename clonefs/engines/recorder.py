@@ -49,8 +49,8 @@ class Recorder:
         async with self._lock:
             record = change(self.volume.record)
             if record != self.volume.record:
-                old = self.volume.record.groups
-                changed = [group for group in record.groups if group not in old]
+                old = {group.name: group for group in self.volume.record.groups}
+                changed = [group for group in record.groups if group != old.get(group.name)]
                 backings = [each for group in changed for each in self.backings_of(group)]
                 await self._write(lambda: self._commit(record, backings))
 

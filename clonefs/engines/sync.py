@@ -160,8 +160,7 @@ class SyncEngine:
         copied = False
         failure: ClonefsError | None = None
         try:
-            if not self._server.durability.covers(offset, length):
-                await self._server.durability.cover(offset, length)
+            await self._server.durability.cover(offset, length)
             await self._target(clone).copy_from(self._origin(clone), offset, length)
             copied = True
         except ClonefsError as error:

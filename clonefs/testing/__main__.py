@@ -43,18 +43,7 @@ class _Search:
         except Exception as error:
             self.done["found"] += 1
             click.echo(f"FOUND {type(error).__name__}: {error}\n  {replay}")
-        report = simulation.report
-        self.done.update(
-            runs=1,
-            operations=simulation.operations(),
-            points=report.points,
-            deaths=report.deaths,
-            power_cuts=report.power_cuts,
-            unmounts=report.unmounts,
-            faults=report.faults,
-            rotten=report.rotten,
-            restores=report.counts.restores,
-        )
+        self.done += simulation.report.figures()
         return hit
 
     def sweep(self, scenario: str, blow: Blow, seed: int, until: float) -> None:

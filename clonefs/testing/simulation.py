@@ -10,6 +10,7 @@ and maps as they lie there.
 import importlib
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -86,6 +87,22 @@ class Report:
     rotten: int = 0
     hit: bool = False  # whether the first life came to the plan's death, or its fault
     counts: Counts = field(default_factory=Counts)
+
+    def figures(self) -> Counter[str]:
+        """What is added up over many runs."""
+        return Counter(
+            runs=1,
+            operations=self.operations,
+            points=self.points,
+            deaths=self.deaths,
+            power_cuts=self.power_cuts,
+            unmounts=self.unmounts,
+            faults=self.faults,
+            rotten=self.rotten,
+            restores=self.counts.restores,
+            fractures=self.counts.fractures,
+            verifications=self.counts.verifications,
+        )
 
 
 class PointedMap(ExtentMap):

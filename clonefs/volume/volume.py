@@ -48,7 +48,6 @@ class MetadataVolume:
         self._maps: dict[MapSlot, ExtentMap] = {}
         # A record that could not be written, nor replaced: a crash may bring what it says into effect.
         self.uncertain = False
-        self._doubted = False
         self._committing = threading.Lock()
         self.name = medium.name
         self.read_only = read_only
@@ -107,9 +106,7 @@ class MetadataVolume:
             try:
                 self._write_record(slot)
             except ClonefsError as error:
-                failure = self._break(error, "no state can change")
-                self.uncertain = not self._doubted
-                raise failure from error
+                raise self._break(error, "no state can change", committing=True) from error
             self.generation += 1
             self.record = record
 
@@ -119,11 +116,11 @@ class MetadataVolume:
     def _write_record(self, slot: bytes) -> None:
         self._medium.write_durably(self.superblock.record_slot(self.generation + 1), slot)
 
-    def _break(self, error: ClonefsError, what: str) -> ClonefsError:
+    def _break(self, error: ClonefsError, what: str, *, committing: bool = False) -> ClonefsError:
         """A write has failed: nothing else is written any more (rule D10). The kernel tells so of any
         page that it could not write back, a live map's too, so that these are doubtful now."""
         if self._broken is None:
-            self._doubted = self._doubt()
+            self.uncertain = not self._doubt() and committing
             self._broken = failed(
                 f"the metadata volume cannot be written ({error.reason}): {what} until it is mended "
                 f"and mounted again"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.mounts.faulty import FaultyDevice, faulty_device
 from tests.mounts.mount import KILLS, Mount, mounted, patience
 
 TURNS = 10
@@ -61,6 +62,23 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
     """A mount for one test."""
     with mounted(tmp_path / "work") as mount:
         yield mount
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[FaultyDevice]:
+    """A device that fails or hangs when it is told to."""
+    with faulty_device(tmp_path / "faulty") as device:
+        yield device
+
+
+@pytest.fixture
+def mount_above(tmp_path: Path, device: FaultyDevice) -> Iterator[Mount]:
+    """A mount that is put away while the device is still there, and nothing hangs any more."""
+    with mounted(tmp_path / "work") as mount:
+        try:
+            yield mount
+        finally:
+            device.mend()
 
 
 @pytest.fixture(scope="module")

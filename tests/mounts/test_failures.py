@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from clonefs.volume import format_volume, was_closed_cleanly
-from tests.mounts.faulty import FaultyDevice, faulty_device
+from tests.mounts.faulty import FaultyDevice
 from tests.mounts.mount import (
     EXTENT,
     Clone,
@@ -42,20 +42,9 @@ GOOD, RUIN, NEW = noise("good", SIZE), noise("ruin", SIZE), noise("new", SIZE)
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Iterator[FaultyDevice]:
-    """A device that fails when it is told to. The mount of the test is put away before it."""
-    with faulty_device(tmp_path / "faulty") as device:
-        yield device
-
-
-@pytest.fixture
-def mount(tmp_path: Path, device: FaultyDevice) -> Iterator[Mount]:
-    """A mount whose volume is sound. At the end nothing hangs any more."""
-    with mounted(tmp_path / "work") as mount:
-        try:
-            yield mount
-        finally:
-            device.mend()
+def mount(mount_above: Mount) -> Mount:
+    """A mount whose volume is sound, and is put away before the device."""
+    return mount_above
 
 
 def group_on(mount: Mount, directory: Path, data: bytes = GOOD) -> Group:

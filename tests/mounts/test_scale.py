@@ -5,12 +5,9 @@ import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.mounts.faulty import FaultyDevice, faulty_device
+from tests.mounts.faulty import FaultyDevice
 from tests.mounts.mount import (
     EXTENT,
     Clone,
@@ -92,23 +89,6 @@ def test_a_restore_among_64_clones(mount: Mount, rng: random.Random) -> None:
 
 
 # Many at once ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[FaultyDevice]:
-    """A device that hangs when it is told to."""
-    with faulty_device(tmp_path / "faulty") as device:
-        yield device
-
-
-@pytest.fixture
-def mount_above(tmp_path: Path, device: FaultyDevice) -> Iterator[Mount]:
-    """A mount that is put away while the device is still there."""
-    with mounted(tmp_path / "work") as mount:
-        try:
-            yield mount
-        finally:
-            device.mend()
 
 
 def _group_over(mount: Mount, device: FaultyDevice, name: str) -> tuple[Group, Clone]:
