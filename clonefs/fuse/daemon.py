@@ -22,16 +22,13 @@ from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
 from clonefs.fuse.render import timestamp
+from clonefs.fuse.session import Session
 from clonefs.fuse.tree import SOURCE, Tree
 from clonefs.fuse.watch import Watch
 from clonefs.units import LogicalUnit, file_under, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
 log = logging.getLogger(__name__)
-
-# A request that waits (for a copy, or while a group is held) takes one of these; the others go on.
-REQUESTS_AT_ONCE = 1000
-IDLE_READERS = 8
 
 
 def serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], None]) -> None:
@@ -82,6 +79,7 @@ class Daemon:
             on_event=self._event,
             on_change=self._changed,
         )
+        self._session = Session()
         self._watch = Watch()
         self._control = Control(self._system, self._in_use)
         self._tree = Tree(self._system, self._control, options, time.time_ns())
@@ -131,7 +129,7 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
             nursery.start_soon(self._watch.run)
-            await pyfuse3.main(min_tasks=IDLE_READERS, max_tasks=REQUESTS_AT_ONCE)
+            await self._session.serve()
             nursery.cancel_scope.cancel()
 
     async def _announce(self) -> None:
@@ -154,7 +152,7 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
-                pyfuse3.terminate()
+                self._session.end()
                 return
 
     # What the system and the control files ask of us

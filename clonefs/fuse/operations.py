@@ -339,6 +339,8 @@ class Operations(pyfuse3.Operations):
         poll_handle: pyfuse3.PollHandle | None,
         ctx: pyfuse3.RequestContext,
     ) -> int:
+        if not self._options.poll:
+            raise FUSEError(errno.ENOSYS)
         handle = self._controls.get(fh)
         if handle is None:
             return READABLE | WRITABLE

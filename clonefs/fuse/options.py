@@ -12,13 +12,15 @@ _IGNORED = frozenset({"", "defaults", "suid", "dev", "exec", "atime", "async"})
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """`uid` and `gid` own every file; `umask` takes permissions away; `cached` lets the kernel keep
-    pages of Sources (docs/decisions/kernel-cache.md); `read_only` changes nothing on disk; `kernel`
-    is passed on."""
+    pages of Sources (docs/decisions/kernel-cache.md); without `poll` the kernel never asks whether a
+    file is ready (docs/decisions/poll.md); `read_only` changes nothing on disk; `kernel` is passed
+    on."""
 
     uid: int
     gid: int
     umask: int = 0o077
     cached: bool = False
+    poll: bool = True
     read_only: bool = False
     kernel: frozenset[str] = frozenset()
 
@@ -37,6 +39,8 @@ def parse_options(text: str, *, uid: int, gid: int) -> MountOptions:
                 options = replace(options, umask=_number(option, value, 8))
             case "cached" if not equals:
                 options = replace(options, cached=True)
+            case "poll" | "nopoll" if not equals:
+                options = replace(options, poll=name == "poll")
             case "ro" | "rw" if not equals:
                 options = replace(options, read_only=name == "ro")
             case _ if name in _KERNEL and not equals:
@@ -59,5 +63,6 @@ def _number(option: str, value: str, base: int) -> int:
 
 
 def _unknown(option: str) -> ClonefsError:
-    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "ro", "rw", "uid=", "umask="]))
+    ours = ["cached", "gid=", "nopoll", "poll", "ro", "rw", "uid=", "umask="]
+    known = ", ".join(sorted([*_KERNEL, *ours]))
     return invalid(f"mount option {option!r} is not known: there are {known}")

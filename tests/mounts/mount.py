@@ -566,9 +566,15 @@ def _unmount_all_below(work: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def mounted(work: Path, *, options: str = "", volume_size: int = 4 * MiB) -> Iterator[Mount]:
+def mounted(
+    work: Path,
+    *,
+    options: str = "",
+    volume_size: int = 4 * MiB,
+    program: tuple[str, ...] = Mount.program,
+) -> Iterator[Mount]:
     """A new volume, mounted, and put away at the end with everything in `work`."""
-    mount = Mount(work, options, volume_size)
+    mount = Mount(work, options, volume_size, program)
     try:
         mount.format()
         mount.start()
