@@ -51,9 +51,9 @@ def clone_write_unmarked(patch: Patch) -> None:
 
 def mirrored_write_unmarked(patch: Patch) -> None:
     """L2: D[c] is not set before the two writes."""
-    original = CloneGroup._begin_mirroring
+    original = CloneGroup._mark_mirrors
 
-    def begin(self: CloneGroup, ticket: Any) -> None:
+    def mark(self: CloneGroup, ticket: Any) -> None:
         saved = [(clone.delta, clone.delta.snapshot()) for clone in ticket.mirrors]
         original(self, ticket)
         for delta, before in saved:
@@ -61,12 +61,18 @@ def mirrored_write_unmarked(patch: Patch) -> None:
                 if not before[extent]:
                     delta.clear(extent, extent + 1)
 
-    patch.setattr(CloneGroup, "_begin_mirroring", begin)
+    patch.setattr(CloneGroup, "_mark_mirrors", mark)
 
 
 def mirrored_write_forgets(patch: Patch) -> None:
     """L2: D[c] is cleared although it was set before."""
-    patch.setattr(WritesInFlight, "keep", lambda self, extent, clone: None)
+    original = CloneGroup._mark_mirrors
+
+    def mark(self: CloneGroup, ticket: Any) -> None:
+        original(self, ticket)
+        ticket.marked.clear()
+
+    patch.setattr(CloneGroup, "_mark_mirrors", mark)
 
 
 def overlapping_writes_pass(patch: Patch) -> None:

@@ -180,6 +180,7 @@ def test_what_is_being_written_stays_marked_when_its_clone_is_split_off() -> Non
     at_work = CloneGroup(group(a=S.SYNCHRONIZED), map_of)
     ticket = at_work.admit_write(0, 512)
     assert isinstance(ticket, WriteTicket)
+    at_work.put_under_way(ticket)
     record = transitions.split_off_failed(at_work.record, "a", reason="it failed", now=1.0)
     at_work.split_off(record, "a")
     assert at_work.admit_simple_write(4096, 512)  # the same extent, and the Source alone

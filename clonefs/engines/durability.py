@@ -5,7 +5,8 @@ D2: it is cleared late, by a checkpoint. D5, D6: the Persistent Protected Restor
 after a flush of the Source that began when the Source was complete there.
 
 Writers that arrive together share one write of the sectors (group commit); a run ahead of a writer
-is marked with it, so that a sequential one waits once in RUN_AHEAD extents.
+is marked with it, so that a sequential one waits once in RUN_AHEAD extents, and soon in MOST_RUNS times
+as many. What is too much, the next checkpoint clears.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -18,6 +19,7 @@ from clonefs.group import CloneGroup
 from clonefs.volume import DurableMap
 
 RUN_AHEAD = 512  # extents, aligned
+MOST_RUNS = 16  # that are marked ahead of a sequential writer
 CHUNK = 1 << 18  # extents that a checkpoint looks at in one step
 CHECKPOINT = 5.0  # seconds
 
@@ -38,6 +40,8 @@ class Durability:
         self._group = group
         self._recorder = recorder
         self._run_ahead = run_ahead
+        self._runs = 1  # that were marked ahead the last time,
+        self._marked_to = 0  # up to this extent
         self._writing: dict[int, trio.Event] = {}
 
     def covers(self, offset: int, length: int) -> bool:
@@ -52,12 +56,18 @@ class Durability:
         Raises ClonefsError if it cannot be.
         """
         first, stop = self._group.geometry.extents_of(offset, length)
-        ahead = self._run_ahead
-        ahead_first = first // ahead * ahead
-        ahead_stop = min(-(-stop // ahead) * ahead, self.delta.extents)
         while self._group.clones and not self.delta.covers(first, stop):
-            self.delta.mark(ahead_first, ahead_stop)
+            self.delta.mark(*self._with_run_ahead(first, stop))
             await self._write_out(self.delta)
+
+    def _with_run_ahead(self, first: int, stop: int) -> tuple[int, int]:
+        """The extents, and what lies around them: whole aligned runs. A writer who comes to the end
+        of what was marked last is a sequential one, and gets twice as much ahead each time."""
+        sequential = first <= self._marked_to <= stop
+        self._runs = min(2 * self._runs, MOST_RUNS) if sequential else 1
+        ahead = self._run_ahead
+        self._marked_to = min((-(-stop // ahead) + self._runs - 1) * ahead, self.delta.extents)
+        return first // ahead * ahead, self._marked_to
 
     async def mark_all(self) -> None:
         """Every extent may differ from now on: a new clone, or a device that lost something."""

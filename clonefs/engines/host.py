@@ -139,9 +139,8 @@ class SourceLu:
             self._gate.leave()
 
     async def _admit(self, offset: int, length: int) -> WriteTicket:
-        """Wait in the COD Queue until the write may begin."""
+        """Wait in the COD Queue until the write, whose extents are covered, may begin."""
         while True:
-            await self._server.durability.cover(offset, length)
             outcome = self._group.admit_write(offset, length)
             if isinstance(outcome, WriteTicket):
                 return outcome
@@ -150,6 +149,9 @@ class SourceLu:
             else:
                 with self._cod.queued("write", offset, length):
                     await self._server.progress()
+            await self._server.durability.cover(
+                offset, length
+            )  # a checkpoint may have cleared them
 
     async def _carry_out(self, ticket: WriteTicket, data: Buffer) -> None:
         """Write to the Source, then to each mirrored clone. A clone that fails is split off, and
@@ -159,17 +161,22 @@ class SourceLu:
         unequal = [clone.name for clone in ticket.mirrors]
         failures: list[tuple[str, ClonefsError]] = []
         try:
-            await _write(self._unit, ticket.offset, data)
+            await self._write(self._unit, ticket, data)
             written = True
             for clone in ticket.mirrors:
                 try:
-                    await _write(self._server.unit(clone), ticket.offset, data)
+                    await self._write(self._server.unit(clone), ticket, data)
                     unequal.remove(clone.name)
                 except ClonefsError as error:
                     failures.append((clone.name, error))
         finally:
-            self._group.end_write(ticket, written=written, unequal=unequal)
-            self._server.wake()
+            if written and not unequal and not ticket.under_way:
+                self._group.end_at_once(ticket)
+            else:
+                self._group.put_under_way(ticket)
+                self._group.end_write(ticket, written=written, unequal=unequal)
+            if ticket.under_way or ticket.claims:
+                self._server.wake()
             if not written or self._is_restoring(unequal):
                 await self._server.no_longer_equal()
         for name, failure in failures:
@@ -177,6 +184,11 @@ class SourceLu:
                 self._server.fault(name, failure.reason)
                 raise failure
             await self._server.split_off(name, failure)
+
+    async def _write(self, unit: LogicalUnit, ticket: WriteTicket, data: Buffer) -> None:
+        if not unit.write_now(ticket.offset, data):
+            self._group.put_under_way(ticket)
+            await unit.write(ticket.offset, data)
 
     def _is_restoring(self, names: list[str]) -> bool:
         """Whether the clone that the Source is being made equal to is among `names`."""

@@ -16,7 +16,7 @@ Invariants (rule numbers are those of the design; docs/crash-safety.md repeats t
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from bitarray import bitarray
@@ -67,8 +67,9 @@ class Obstacle(Enum):
 class WriteTicket:
     """A host write to the Source that has been admitted: bytes [offset, end), extents [first, stop).
 
-    `mirrors` are the clones that are written to as well. `claim` holds the pending extents
-    that the write covers whole, if it does: they stay pending until all of it has been written.
+    `mirrors` are the clones that are written to as well; `marked` are the extents, with the clone,
+    whose bits were set before. `claims` hold the pending extents that the write covers whole: they stay
+    pending until all of it has been written. Before anybody else runs it is ended, or `under_way`.
     """
 
     offset: int
@@ -77,6 +78,8 @@ class WriteTicket:
     stop: int
     mirrors: tuple[Clone, ...]
     claims: tuple[Claim, ...]
+    marked: list[tuple[int, str]] = field(default_factory=list)
+    under_way: bool = False
 
 
 class CloneGroup:
@@ -194,7 +197,8 @@ class CloneGroup:
     def admit_write(self, offset: int, length: int) -> WriteTicket | Obstacle:
         """Admit a write, or say what stands in its way; then nothing has changed.
 
-        An admitted write has its bits (L1, L2, L4) and must be ended by `end_write`.
+        An admitted write has its bits (L1, L2, L4). It must be ended by `end_at_once` in this very
+        step, or `put_under_way` in it and ended by `end_write` later.
         """
         first, stop = self.geometry.extents_of(offset, length)
         if self.scoreboard.overlapping(first, stop) is not None:
@@ -215,7 +219,7 @@ class CloneGroup:
         for clone in self.split:
             clone.delta.mark(first, stop)
         if self.mirrored:
-            self._begin_mirroring(ticket)
+            self._mark_mirrors(ticket)
         return ticket
 
     def pending_in_part(self, offset: int, length: int) -> list[int]:
@@ -251,25 +255,42 @@ class CloneGroup:
             self.protected.mark(first, stop)
             self.restoring.delta.clear(first, stop)
 
-    def _begin_mirroring(self, ticket: WriteTicket) -> None:
+    def _mark_mirrors(self, ticket: WriteTicket) -> None:
         """L2: set D[c] before the first of the two writes, and remember where it was set."""
         if self.touched is not None:
             self.touched.append((ticket.first, ticket.stop))
-        fresh = self.writes.begin(ticket.offset, ticket.end, ticket.first, ticket.stop)
-        for extent in fresh:
-            for clone in ticket.mirrors:
+        for clone in ticket.mirrors:
+            for extent in range(ticket.first, ticket.stop):
                 if clone.delta[extent]:
-                    self.writes.keep(extent, clone.name)
+                    ticket.marked.append((extent, clone.name))
                 else:
                     clone.delta.mark(extent, extent + 1)
 
+    def end_at_once(self, ticket: WriteTicket) -> None:
+        """The write has ended, everywhere and in full, in the step in which it was admitted."""
+        self._end_claims(ticket, written=True)
+        for clone in ticket.mirrors:
+            if not ticket.marked:
+                clone.delta.clear(ticket.first, ticket.stop)
+                continue
+            for extent in range(ticket.first, ticket.stop):
+                if (extent, clone.name) not in ticket.marked:
+                    clone.delta.clear(extent, extent + 1)
+
+    def put_under_way(self, ticket: WriteTicket) -> None:
+        """The write goes on while others run. Once is enough."""
+        if ticket.under_way or not ticket.mirrors:
+            return
+        ticket.under_way = True
+        fresh = self.writes.begin(ticket.offset, ticket.end, ticket.first, ticket.stop)
+        for extent, name in ticket.marked:
+            if extent in fresh:
+                self.writes.keep(extent, name)
+
     def end_write(self, ticket: WriteTicket, *, written: bool, unequal: Iterable[str]) -> None:
-        """The write has ended. `written`: all of it is in the Source. `unequal`: clones that may
-        not have it."""
-        for claim in ticket.claims:
-            if written:
-                self._protect(claim.first, claim.stop)
-            self.scoreboard.release(claim)
+        """The write, which is under way, has ended. `written`: all of it is in the Source. `unequal`:
+        clones that may not have it."""
+        self._end_claims(ticket, written=written)
         if not ticket.mirrors:
             return
         unequal = list(unequal)
@@ -284,6 +305,12 @@ class CloneGroup:
             for clone in ticket.mirrors:
                 if clone.name not in keep:
                     clone.delta.clear(extent, extent + 1)
+
+    def _end_claims(self, ticket: WriteTicket, *, written: bool) -> None:
+        for claim in ticket.claims:
+            if written:
+                self._protect(claim.first, claim.stop)
+            self.scoreboard.release(claim)
 
     # Host writes to a clone
 
