@@ -10,6 +10,7 @@ import pytest
 
 from clonefs.errors import ClonefsError, DeviceError
 from clonefs.units import BackingUnit, MissingUnit, open_backing
+from clonefs.units.backing import InlineWrites
 
 MIB = 1 << 20
 
@@ -194,5 +195,11 @@ def test_slow_writes_go_to_threads_for_a_while(
     assert not inline.allowed(4096)
     now += inline.PENALTY
     assert inline.allowed(4096)
-    inline.took(0.0)
+    inline.took(inline.SLOW * 2)
+    now += inline.PENALTY / 2
+    inline.took(inline.SLOW * 2)  # in a thread by now
+    now += inline.PENALTY / 2
+    assert not inline.allowed(4096)
+    now += inline.PENALTY / 2
     assert inline.allowed(4096)
+    assert not InlineWrites(possible=False).allowed(512)

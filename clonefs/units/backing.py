@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import stat
 import threading
@@ -53,7 +54,7 @@ class BackingUnit:
         self._is_device = is_device
         self._threads = trio.CapacityLimiter(THREADS)
         self._nowait_reads = True
-        self._inline = InlineWrites()
+        self._inline = InlineWrites(possible=is_device or _writes_to_page_cache(fd))
         self._flushing = threading.Lock()
         self._flush_failure = FlushFailure(name)
         self.sparse = not is_device
@@ -109,11 +110,13 @@ class BackingUnit:
     def _write(self, offset: int, data: Buffer) -> None:
         view = memoryview(data)
         done = 0
+        started = time.monotonic()
         try:
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
         except OSError as error:
             raise self._error("write", offset, len(view), error) from error
+        self._inline.took(time.monotonic() - started)
 
     async def copy_from(self, origin: LogicalUnit, offset: int, length: int) -> None:
         if not isinstance(origin, BackingUnit):  # one that is missing says so
@@ -265,23 +268,38 @@ class InlineWrites:
 
     A write into the page cache costs a tenth of handing it to a thread, but the kernel may make the
     writer wait when too much is dirty. So writes are done at once until one of them was slow; then
-    all go to threads for a while.
+    all go to threads, until none of these has been slow for a while. Where writes do not go to the page
+    cache in the first place, it is not `possible`.
     """
 
-    LARGEST = 1 << 20
-    SLOW = 0.005
-    PENALTY = 1.0
+    LARGEST = 1 << 20  # bytes
+    SLOW = 0.005  # seconds
+    PENALTY = 1.0  # seconds
 
-    def __init__(self) -> None:
-        self._not_before = 0.0
+    def __init__(self, *, possible: bool = True) -> None:
+        self._not_before = 0.0 if possible else math.inf
 
     def allowed(self, length: int) -> bool:
+        """Whether a write of `length` bytes may."""
         return length <= self.LARGEST and (
             self._not_before == 0.0 or time.monotonic() >= self._not_before
         )
 
     def took(self, seconds: float) -> None:
-        self._not_before = time.monotonic() + self.PENALTY if seconds > self.SLOW else 0.0
+        """How long a write has taken, be it in a thread or not."""
+        if seconds > self.SLOW:
+            self._not_before = max(self._not_before, time.monotonic() + self.PENALTY)
+
+
+# ext2 to ext4, XFS, Btrfs, F2FS, tmpfs. Others may ask a server, or a program like this one, each time.
+_PAGE_CACHED = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
+
+
+def _writes_to_page_cache(fd: int) -> bool:
+    """Whether the file lies on a local file system that is known to write to the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = (ctypes.c_long * 64)()  # struct statfs begins with the type
+    return libc.fstatfs(fd, found) == 0 and found[0] & 0xFFFFFFFF in _PAGE_CACHED
 
 
 def _punch(fd: int, offset: int, length: int) -> None:

@@ -893,29 +893,38 @@ def test_the_device_of_the_volume_goes_away(on_device: Mount, device: FaultyDevi
 # A device that hangs -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("request_", ["read", "fsync"])
+@pytest.mark.parametrize("request_", ["read", "write", "fsync"])
 def test_a_device_that_hangs_keeps_only_its_own_group_waiting(
     mount: Mount, device: FaultyDevice, request_: str
 ) -> None:
-    """Reads that miss the page cache and flushes wait in threads."""
+    """Reads that miss the page cache, writes that would not go there, and flushes wait in threads."""
     group, other = group_on(mount, device.path), mount.add_group(data=GOOD)
     hang = device.hang(group.backing, request_)
 
     def host() -> None:
-        if request_ == "fsync":
-            sync(group.source)
-        else:
-            assert read(group.source, 0, 10) == GOOD[:10]
+        match request_:
+            case "read":
+                assert read(group.source, 0, 10) == GOOD[:10]
+            case "write":
+                write(group.source, 0, NEW)
+            case _:
+                sync(group.source)
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = pool.submit(host)
-        hang.wait_for_a_hang()
+    def others() -> None:
         write(other.source, 0, NEW)
         sync(other.source)
         assert_same(other.source.read_bytes(), NEW, "the other group")
-        clone = other.add_fractured()
-        assert clone.state == "fractured"
-        assert not waiting.done()
-        hang.mend()
+        assert other.add_fractured().state == "fractured"
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            waiting = pool.submit(host)
+            hang.wait_for_a_hang()
+            pool.submit(others).result(60)
+            assert not waiting.done()
+        finally:
+            device.mend()
         waiting.result(60)
     check_seen(group, "normal", "")
+    if request_ == "write":
+        assert_same(read(group.source, 0, SIZE), NEW, "what was written")
