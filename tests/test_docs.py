@@ -150,6 +150,7 @@ def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
     clone = group["clones"]["nightly"]
     statistics = GroupStatistics(
         name="payroll",
+        full_copies=group["copy"] == "full",
         restore=RestoreStatistics(**group["restore"]),
         clones=(
             CloneStatistics(
@@ -160,7 +161,7 @@ def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
                 **{k: v for k, v in clone.items() if k not in ("progress", "fractured_at")},
             ),
         ),
-        **{k: v for k, v in group.items() if k not in ("restore", "clones")},
+        **{k: v for k, v in group.items() if k not in ("restore", "clones", "copy")},
     )
     recovery = Recovery(at=0.0, found="", damage=(), done=())
     shown = json.loads(render.status_json(example_volume, [statistics], recovery))

@@ -18,8 +18,18 @@ from clonefs.cli.arguments import path as path_type
 @click.argument("backing", type=path_type)
 @click.option("--size", metavar="SIZE", help="Create BACKING with this size if it does not exist.")
 @click.option("--extent", metavar="SIZE", help="The extent size, 4K to 4M; 64K if not given.")
+@click.option(
+    "--copy",
+    type=click.Choice(["auto", "full"]),
+    help="auto, if not given: let clones share blocks where the file system can; full: never.",
+)
 def add_group(
-    mountpoint: Path, name: str, backing: Path, size: str | None, extent: str | None
+    mountpoint: Path,
+    name: str,
+    backing: Path,
+    size: str | None,
+    extent: str | None,
+    copy: str | None,
 ) -> None:
     """Make a clone group with BACKING as its Source.
 
@@ -33,6 +43,7 @@ def add_group(
     """
     options = [f"size={size}"] if size is not None else []
     options += [f"extent={extent}"] if extent is not None else []
+    options += [f"copy={copy}"] if copy is not None else []
     place = tree.mount_at(mountpoint)
     tree.command(place, "add_group", name, _absolute(backing), *options)
 

@@ -63,7 +63,7 @@ class CodEngine:
             if data is None:
                 data = await clone.read(offset, length)
             if not any_byte(data):  # holes stay holes
-                await server.source.copy_from(clone, offset, length)
+                await server.source.copy_from(clone, offset, length, share=False)
             elif not server.source.write_now(offset, data):
                 await server.source.write(offset, data)
             copied = True

@@ -56,6 +56,7 @@ class GroupStatistics:
     size: int
     extent_size: int
     extents: int
+    full_copies: bool
     restore: RestoreStatistics | None
     clones: tuple[CloneStatistics, ...]
 
@@ -72,6 +73,7 @@ def statistics(server: GroupServer, transfers: Transfers) -> GroupStatistics:
         size=group.geometry.size,
         extent_size=group.geometry.extent_size,
         extents=group.geometry.extents,
+        full_copies=group.record.full_copies,
         restore=_restore(server),
         clones=tuple(_clone(server, clone, transfers) for clone in group.clones.values()),
     )

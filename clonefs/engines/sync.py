@@ -27,6 +27,7 @@ COPYING = RESTORES | {CloneState.SYNCHRONIZING}
 HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
 A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
+QUICK, SLOW = 0.002, 0.008  # seconds for a run: then the next one is longer, or shorter
 PATIENCE = 0.25  # seconds' worth of `rate` to copy at a time
 ENOUGH_FAILURES = 64  # extents in one pass: the device is gone rather than bad in places
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between passes over extents that cannot be copied
@@ -47,6 +48,7 @@ class SyncEngine:
 
     def _begin_pass(self) -> None:
         self._cursor = 0
+        self._run = self._transfers.run  # bytes
         self._failed = 0
         self._singly_before = 0
         self._hint_at = 0
@@ -98,10 +100,18 @@ class SyncEngine:
             return 1
         if offset < self._data_at and self._target(clone).sparse:
             return max(1, min(self._data_at - offset, HOLE_RUN) >> geometry.shift)
-        length = float(self._transfers.run)
+        length = float(self._run)
         if clone.record.rate is not None:
             length = min(length, clone.record.rate * PATIENCE)
         return max(1, int(length) >> geometry.shift)
+
+    def _transfer_took(self, seconds: float) -> None:
+        """Runs are as long as can be copied in a few milliseconds: hosts that write to one wait for
+        all of it, and what is shared rather than copied hardly takes time."""
+        if seconds < QUICK:
+            self._run = min(2 * self._run, self._transfers.longest)
+        elif seconds > SLOW:
+            self._run = max(self._run // 2, self._transfers.run)
 
     async def _step(self, clone: Clone) -> None:
         origin = self._origin(clone)
@@ -161,7 +171,11 @@ class SyncEngine:
         failure: ClonefsError | None = None
         try:
             await self._server.durability.cover(offset, length)
-            await self._target(clone).copy_from(self._origin(clone), offset, length)
+            started = trio.current_time()
+            await self._target(clone).copy_from(
+                self._origin(clone), offset, length, share=not self._group.record.full_copies
+            )
+            self._transfer_took(trio.current_time() - started)
             copied = True
         except ClonefsError as error:
             failure = error

@@ -381,7 +381,13 @@ class StorageSystem:
     # Groups and clones
 
     async def add_group(
-        self, name: str, backing: Path, *, size: int | None, extent_size: int | None
+        self,
+        name: str,
+        backing: Path,
+        *,
+        size: int | None,
+        extent_size: int | None,
+        full_copies: bool = False,
     ) -> None:
         """A new group on the Source at `backing`; sizes in bytes. Raises ClonefsError."""
         check_name(name, reserved="control")
@@ -395,6 +401,7 @@ class StorageSystem:
                 async with self._allocation:
                     await self._take_over(source)
                     record = self._new_group(name, source, size, extent_size)
+                    record = replace(record, full_copies=full_copies)
                     await self.recorder.clear_durably(record.durable)
                     await self.recorder.commit(lambda whole: whole.with_group(record))
             except BaseException:
@@ -524,6 +531,10 @@ class StorageSystem:
     async def _flush(self, unit: LogicalUnit) -> None:
         if not isinstance(unit, MissingUnit):
             await unit.flush()
+
+    async def set_full_copies(self, group: str, full_copies: bool) -> None:
+        """Whether what is copied from now on has blocks of its own in any case."""
+        await self.server(group).change(lambda record: replace(record, full_copies=full_copies))
 
     # Commands on clones
 
@@ -853,7 +864,7 @@ class StorageSystem:
             copied = False
             try:
                 offset, length = group.geometry.bytes_of(claim.first, claim.stop)
-                await target.copy_from(origin, offset, length)
+                await target.copy_from(origin, offset, length, share=False)
                 copied = True
             finally:
                 group.end_copy(claim, copied=copied)

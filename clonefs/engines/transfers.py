@@ -8,18 +8,20 @@ import trio
 from clonefs.engines.server import GroupServer
 
 AT_ONCE = 4
-RUN = 1 << 20  # bytes that are copied at a time: hosts that need one of them wait for all
+RUN = 1 << 20  # bytes that are copied at a time at the least: hosts that write to one wait for all
+LONGEST = 256  # times as many, where copying takes hardly any time
 
 Complete = Callable[[GroupServer, str], Awaitable[bool]]
 
 
 class Transfers:
     """`complete` is called when a clone has nothing left to copy; `run` is how many bytes an engine
-    claims at a time."""
+    claims at a time at first, and `longest` at most."""
 
     def __init__(self, complete: Complete, run: int = RUN) -> None:
         self.complete = complete
         self.run = run
+        self.longest = run * LONGEST
         self.waiting: set[tuple[str, str]] = set()
         self._limiter = trio.CapacityLimiter(AT_ONCE)
 

@@ -11,6 +11,8 @@ from clonefs.engines import StorageSystem
 from clonefs.errors import ClonefsError, invalid
 from clonefs.extents import parse_size
 
+AUTO, FULL = "auto", "full"
+
 
 def words(text: str) -> list[str]:
     """The words of a command. Raises ClonefsError (EINVAL) for an empty or a broken line."""
@@ -62,19 +64,26 @@ def clone_path(word: str) -> tuple[str, str]:
 
 
 async def add_group(system: StorageSystem, text: str) -> None:
-    """NAME BACKING [size=10G] [extent=64K]"""
-    form = "NAME BACKING [size=10G] [extent=64K]"
+    """NAME BACKING [size=10G] [extent=64K] [copy=full]"""
+    form = "NAME BACKING [size=10G] [extent=64K] [copy=full]"
     found = words(text)
     if len(found) < 2:
         raise invalid(f"{text.strip()!r} is too little: write {form}")
-    values = settings(found[2:], form, "size", "extent")
+    values = settings(found[2:], form, "size", "extent", "copy")
+    full_copies = one_of(values.pop("copy", AUTO), AUTO, FULL) == FULL
     sizes = {key: parse_size(value) for key, value in values.items()}
     await system.add_group(
         found[0],
         backing_path(found[1]),
         size=sizes.get("size"),
         extent_size=sizes.get("extent"),
+        full_copies=full_copies,
     )
+
+
+async def copy(system: StorageSystem, group: str, text: str) -> None:
+    """auto or full"""
+    await system.set_full_copies(group, one_of(text, AUTO, FULL) == FULL)
 
 
 async def add_clone(system: StorageSystem, group: str, text: str) -> None:

@@ -173,6 +173,10 @@ async def _fracture_several(control: Control, where: Where, text: str) -> None:
     await commands.fracture_several(control.system, text)
 
 
+async def _copy(control: Control, where: Where, text: str) -> None:
+    await commands.copy(control.system, where[0], text)
+
+
 async def _add_clone(control: Control, where: Where, text: str) -> None:
     _refuse_reserved(text, GROUP, frozenset())
     await commands.add_clone(control.system, where[0], text)
@@ -210,6 +214,9 @@ GROUP: dict[str, ControlFile] = {
     "size": _of_group(lambda group: group.size, of_clones=True),
     "extent_size": _of_group(lambda group: group.extent_size, of_clones=True),
     "backing": _of_group(lambda group: group.backing),
+    "copy": _value(
+        lambda control, where: render.copy_text(control.group(where[0]).full_copies), _copy
+    ),
     "state": _of_group(lambda group: group.state),
     "error": _value(_error),
     "add_clone": ControlFile(write=_add_clone),

@@ -21,6 +21,11 @@ def timestamp(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def copy_text(full_copies: bool) -> str:
+    """How a group copies, as its control file shows it."""
+    return "full" if full_copies else "auto"
+
+
 def rate_text(rate: int | None) -> str:
     """A rate as its control file shows it."""
     return "max" if rate is None else format_size(rate)
@@ -125,6 +130,7 @@ def _group_json(group: GroupStatistics) -> dict[str, Any]:
         "extent_size": group.extent_size,
         "extents": group.extents,
         "backing": group.backing,
+        "copy": copy_text(group.full_copies),
         "error": group.error,
         "restore": None
         if restore is None

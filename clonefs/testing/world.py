@@ -264,7 +264,9 @@ class SimulatedUnit:
             self._under_way.remove(write)
         self.world.point()
 
-    async def copy_from(self, origin: LogicalUnit, offset: int, length: int) -> None:
+    async def copy_from(
+        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
+    ) -> None:
         middle = offset + max(SECTOR, length // SECTOR // 2 * SECTOR)
         end = offset + length
         for start, stop in ((offset, min(middle, end)), (min(middle, end), end)):

@@ -108,25 +108,30 @@ class BackingUnit:
         await trio.to_thread.run_sync(self._write, offset, data, limiter=self._threads)
 
     def _write(self, offset: int, data: Buffer) -> None:
+        started = time.monotonic()
+        self._put(offset, data)
+        self._inline.took(time.monotonic() - started)
+
+    def _put(self, offset: int, data: Buffer) -> None:
         view = memoryview(data)
         done = 0
-        started = time.monotonic()
         try:
             while done < len(view):
                 done += os.pwrite(self.fd, view[done:], offset + done)
         except OSError as error:
             raise self._error("write", offset, len(view), error) from error
-        self._inline.took(time.monotonic() - started)
 
-    async def copy_from(self, origin: LogicalUnit, offset: int, length: int) -> None:
+    async def copy_from(
+        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
+    ) -> None:
         if not isinstance(origin, BackingUnit):  # one that is missing says so
             await self.write(offset, await origin.read(offset, length))
             return
         await trio.to_thread.run_sync(
-            self._copy_from, origin, offset, length, limiter=self._threads
+            self._copy_from, origin, offset, length, share, limiter=self._threads
         )
 
-    def _copy_from(self, origin: "BackingUnit", offset: int, length: int) -> None:
+    def _copy_from(self, origin: "BackingUnit", offset: int, length: int, share: bool) -> None:
         end = offset + length
         origin._check_length(end)
         while offset < end:
@@ -135,7 +140,7 @@ class BackingUnit:
                 self._zero(offset, data - offset)
             if data < end:
                 hole = min(origin._seek_hole(data), end)
-                self._copy_data(origin, data, hole - data)
+                self._copy_data(origin, data, hole - data, share)
                 data = hole
             offset = data
 
@@ -150,18 +155,22 @@ class BackingUnit:
         )
         return DeviceError(errno.EIO, reason, self.name)
 
-    def _copy_data(self, origin: "BackingUnit", offset: int, length: int) -> None:
+    def _copy_data(self, origin: "BackingUnit", offset: int, length: int, share: bool) -> None:
         end = offset + length
         while offset < end:
-            try:
-                count = os.copy_file_range(origin.fd, self.fd, end - offset, offset, offset)
-            except OSError:
-                # Not between these two, or an I/O error: reading and writing tells which and whose.
-                count = 0
+            count = self._copy_in_kernel(origin, offset, end - offset) if share else 0
             if count == 0:
                 count = min(CHUNK, end - offset)
-                self._write(offset, origin._read(offset, count))
+                self._put(offset, origin._read(offset, count))
             offset += count
+
+    def _copy_in_kernel(self, origin: "BackingUnit", offset: int, length: int) -> int:
+        """How many bytes the kernel has copied, or let both share. XFS and Btrfs always share."""
+        try:
+            return os.copy_file_range(origin.fd, self.fd, length, offset, offset)
+        except OSError:
+            # Not between these two, or an I/O error: reading and writing tells which and whose.
+            return 0
 
     def _zero(self, offset: int, length: int) -> None:
         """Make the range read as zeros, as a hole where the backing can have one."""
@@ -177,7 +186,7 @@ class BackingUnit:
                 return
         zeros = bytes(min(CHUNK, length))
         for at in range(offset, offset + length, CHUNK):
-            self._write(at, zeros[: offset + length - at])
+            self._put(at, zeros[: offset + length - at])
 
     def _seek_data(self, offset: int) -> int:
         return self._seek(offset, os.SEEK_DATA, past_end=self.size, unknown=offset)

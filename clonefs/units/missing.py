@@ -31,7 +31,9 @@ class MissingUnit:
     async def write(self, offset: int, data: Buffer) -> None:
         self._fail()
 
-    async def copy_from(self, origin: LogicalUnit, offset: int, length: int) -> None:
+    async def copy_from(
+        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
+    ) -> None:
         self._fail()
 
     async def flush(self) -> None:

@@ -32,8 +32,11 @@ class LogicalUnit(Protocol):
     async def write(self, offset: int, data: Buffer) -> None:
         """Write `data` at `offset`. After a failure any part of it may have been written."""
 
-    async def copy_from(self, origin: "LogicalUnit", offset: int, length: int) -> None:
-        """Make `length` bytes at `offset` equal to those of `origin`; holes stay holes.
+    async def copy_from(
+        self, origin: "LogicalUnit", offset: int, length: int, *, share: bool
+    ) -> None:
+        """Make `length` bytes at `offset` equal to those of `origin`; holes stay holes. `share`: on
+        a file system that can do it both may have the same blocks until one of them is written to.
 
         After a failure any part of the range may have been copied.
         """

@@ -64,7 +64,8 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number of the last restore: sectors of the PPRM with another number count as empty. `void`: a
     restore has begun again, and what the live map in `protected` says is of the time before.
     `live_checksum` is that of the live maps when the volume was closed cleanly, else None. `stamped`:
-    the Source's backing has had a stamp on stable storage.
+    the Source's backing has had a stamp on stable storage. `full_copies`: a copy has blocks of its own,
+    also where the file system could let both files share them.
     """
 
     name: str
@@ -78,6 +79,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     void: bool = False
     live_checksum: int | None = None
     stamped: bool = False
+    full_copies: bool = False
 
     def clone(self, name: str) -> CloneRecord:
         """The clone of that name. Raises KeyError."""

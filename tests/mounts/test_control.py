@@ -39,7 +39,7 @@ TOP = {"status": READ, "status.json": READ, "events": READ, "error": READ}
 TOP |= {"add_group": WRITE, "remove_group": WRITE, "fracture": WRITE}
 OF_GROUP = dict.fromkeys(("status", "size", "extent_size", "backing", "state", "error"), READ)
 OF_GROUP |= dict.fromkeys(("protected_restore_map", "cod_scoreboard", "cod_queue"), READ)
-OF_GROUP |= {"add_clone": WRITE, "remove_clone": WRITE}
+OF_GROUP |= {"copy": BOTH, "add_clone": WRITE, "remove_clone": WRITE}
 OF_CLONE = dict.fromkeys(("state", "condition", "error", "backing", "progress", "delta_map"), READ)
 OF_CLONE |= {"rate": BOTH, "sync": WRITE, "fracture": WRITE, "protected_restore": WRITE}
 
@@ -84,6 +84,7 @@ def test_the_values_of_a_group_and_a_clone(shared: Mount) -> None:
     values = {name: group.control(name).read() for name in ("size", "extent_size", "backing")}
     assert values == {"size": "1048576", "extent_size": "16384", "backing": str(group.backing)}
     assert (group.control("state").read(), group.control("error").read()) == ("normal", "")
+    assert group.control("copy").read() == "auto"
     assert group.control("protected_restore_map").read() == ""
     assert group.control("cod_scoreboard").read() == ""
     assert group.control("cod_queue").read() == ""
@@ -115,6 +116,7 @@ def test_status_json_has_what_the_contract_says(shared: Mount) -> None:
         "extent_size": 64 * KiB,
         "extents": 16,
         "backing": str(group.backing),
+        "copy": "auto",
         "error": None,
         "restore": None,
     }

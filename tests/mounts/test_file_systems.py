@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import os
+import re
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from tests.mounts.mount import (
     KiB,
     MiB,
     Mount,
+    assert_same,
     attach,
     digest,
     mount_disk,
     noise,
+    opened,
+    read,
     run,
     write,
 )
@@ -311,3 +316,42 @@ def test_umount_while_a_loop_device_is_attached_is_refused(
         run("umount", mount.mountpoint)
     assert group.source.stat().st_size == 1 * MiB
     loop.detach()
+
+
+# Both backings on a file system that can share blocks ---------------------------------------------
+
+
+def _shares(clone: Clone) -> bool:
+    """Whether a block of the clone is the Source's too."""
+    for path in (clone.group.source, clone.path):
+        with opened(path, os.O_RDONLY) as fd:
+            os.fsync(fd)
+    return re.search(r"[ ,]shared\b", run("filefrag", "-v", clone.backing)) is not None
+
+
+@pytest.mark.parametrize("disk", [XFS, BTRFS], ids=lambda disk: disk.kind)
+def test_copies_share_blocks_unless_the_group_wants_full_ones(
+    mount: Mount, cleanup: contextlib.ExitStack, disk: Disk
+) -> None:
+    image, where = mount.work / "image", mount.work / "disk"
+    with image.open("wb") as file:
+        file.truncate(disk.size)
+    run(*disk.make, image)
+    mount_disk(cleanup, attach(cleanup, image).path, where, disk.kind)
+    cleanup.callback(mount.umount)  # before the file system under it
+    good, new = noise("good", 8 * MiB), noise("new", 8 * MiB)
+    groups = [Group(mount, name, where / name) for name in ("sharing", "full")]
+    for group, word, other in zip(groups, ("auto", "full"), ("full", "auto"), strict=True):
+        group.backing.write_bytes(good)
+        mount.control("add_group").write(f"{group.name} {group.backing} copy={word}")
+        assert group.control("copy").read() == word
+        clone = group.add_fractured()
+        assert _shares(clone) is (word == "auto")
+        group.control("copy").write(other)
+        write(group.source, 0, new)
+        clone.sync("then-fracture")
+        clone.wait("fractured")
+        assert _shares(clone) is (other == "auto")
+        clone.restore()
+        assert_same(read(group.source, 0, 8 * MiB), new, "the Source")
+        assert_same(read(clone.path, 0, 8 * MiB), new, "the clone")

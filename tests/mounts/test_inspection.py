@@ -142,7 +142,10 @@ def test_poll_wakes_when_what_a_file_shows_has_changed(shared: Mount, name: str)
             assert poller.result() == [(fd, CHANGED)]
             before, now = reread(fd), before
             assert before != now
+            clone.rate("max")
             clone.wait("fractured")
+            write(clone.group.source, 0, noise("new", 256 << 10))
+            clone.rate(1)  # what comes next is not over before it was looked at
             poll_for(fd, timeout_s=0)()
             before = reread(fd)
         assert "fractured" in before
@@ -293,7 +296,7 @@ def test_the_attributes_of_lus_are_the_words_of_the_control_files(shared: Mount)
     assert attributes(clone.path) == values | {"delta_extents": "2"}
     values = {
         name: group.control(name).read()
-        for name in ("backing", "error", "extent_size", "size", "state")
+        for name in ("backing", "copy", "error", "extent_size", "size", "state")
     }
     assert attributes(group.source) == values | {"protected_extents": "0"}
     assert values["extent_size"] == "16384"
