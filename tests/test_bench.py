@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.bench import aims, report, steady, under_load
+from tests.bench import aims, effects, report, steady, under_load
 from tests.bench.copying import watch
 from tests.bench.load import Job, Requests
 from tests.bench.plot import Bar, draw
@@ -47,7 +47,7 @@ def test_who_was_not_measured_has_no_ratio() -> None:
 def test_a_spread_is_the_median_the_least_and_the_greatest() -> None:
     assert Spread.of([3, 1, 2]) == Spread(2, 1, 3)
     assert spread([0.5, 12.34, 1234.5]) == "12.3 (0.50–1,234)"
-    assert number(99.96) == "100.0"
+    assert [number(value) for value in (12345.6, 0.1, 0.0424)] == ["12,346", "0.10", "0.042"]
 
 
 def test_results_are_kept_part_by_part(tmp_path: Path) -> None:
@@ -151,6 +151,16 @@ def test_the_page_has_a_place_for_every_section(tmp_path: Path) -> None:
 
 
 # Pictures
+
+
+def test_the_picture_of_aims_shows_how_many_times_as_good_as_needed() -> None:
+    part = Part("restore")
+    for value in (0.005, 0.04, 0.01):
+        part.add(effects.effect("1 TiB", effects.ALL), effects.SECONDS, value)
+    (outcome,) = aims.outcomes({"restore": part})
+    bar = report.aim_bar(outcome)
+    assert bar.ratio == Spread(2, 0.5, 4)
+    assert bar.text == "10.0 ms (at most 20 ms)"
 
 
 def numbers_of(svg: str, name: str, *attributes: str) -> list[list[float]]:

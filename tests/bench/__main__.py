@@ -29,10 +29,10 @@ class Kind:
 
 
 KINDS = {
-    "steady": Kind(steady.measure_part, 20, 120),
-    "restore": Kind(restore.measure_part, 40, 70),
+    "steady": Kind(steady.measure_part, 30, 125),
+    "restore": Kind(restore.measure_part, 80, 70),
     "sync": Kind(sync.measure_part, 5, 10),
-    "growth": Kind(growth.measure_part, 60, 30),
+    "growth": Kind(growth.measure_part, 50, 40),
     "isolation": Kind(isolation.measure_part, 10, 20),
 }
 PROGRAMS = ("fio", "qemu-storage-daemon", "qemu-img", "losetup", "mkfs.xfs", "mkfs.btrfs")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = (
         Scale(options.rounds or 1, options.seconds or 0.2, quick=True)
         if options.quick
-        else Scale(options.rounds or 5, options.seconds or 0.6)
+        else Scale(options.rounds or 5, options.seconds or 0.5)
     )
     names = [name for name in KINDS if name in options.parts or "all" in options.parts]
     if names:
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{', '.join(KINDS)}; all; or report, which measures nothing",
     )
     parser.add_argument("--rounds", type=_positive, help="of each part (5, or 1 with --quick)")
-    parser.add_argument("--seconds", type=float, help="of each run of fio (0.6, or 0.2)")
+    parser.add_argument("--seconds", type=float, help="of each run of fio (0.5, or 0.2)")
     parser.add_argument("--quick", action="store_true", help="small and short: only to try it")
     parser.add_argument(
         "--results",

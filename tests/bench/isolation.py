@@ -67,15 +67,14 @@ class Neighbours:
     device: FaultyDevice
 
     def __post_init__(self) -> None:
-        backing = self.device.path / "bad.img"
-        self.mount.command("add_group", f"bad '{backing}' size={SIZE}")
+        self.mount.command("add_group", f"bad '{self.bad}' size={SIZE}")
         self.mount.add_group("good", SIZE)
         for group in ("bad", "good"):
             fill(self.mount.lu(group), SIZE)
 
     @property
-    def behind(self) -> Path:
-        """The bad backing, by the name under which the device knows it."""
+    def bad(self) -> Path:
+        """The backing that may be bad."""
         return self.device.path / "bad.img"
 
 
@@ -89,19 +88,19 @@ def _beside(there: Neighbours, part: Part, what: str, beside: str, scale: Scale)
 
 @contextlib.contextmanager
 def _hanging(there: Neighbours) -> Iterator[None]:
-    fault = there.device.hang(there.behind, "read")
+    fault = there.device.hang(there.bad, "read")
     with _bad_hosts(there):
         try:
             wait_for(lambda: fault.hanging > 0, "requests to hang")
             yield
             assert fault.hanging > 0, "nothing hung"
         finally:
-            fault.mend()
+            there.device.mend()
 
 
 @contextlib.contextmanager
 def _slow(there: Neighbours) -> Iterator[None]:
-    fault = there.device.slow_down(there.behind, "read", DELAY)
+    fault = there.device.slow_down(there.bad, "read", DELAY)
     with _bad_hosts(there):
         try:
             wait_for(lambda: fault.hits > SLOW_HOSTS, "slow requests")
@@ -109,7 +108,7 @@ def _slow(there: Neighbours) -> Iterator[None]:
             yield
             assert fault.hits > before, "nothing was slow"
         finally:
-            fault.mend()
+            there.device.mend()
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def _measured_on(part: Part) -> str:
 def pictures(parts: dict[str, Part]) -> dict[str, str]:
     """SVG documents, by the name of the file."""
     found = {}
-    if bars := [_aim_bar(outcome) for outcome in aims.outcomes(parts)]:
+    if bars := [aim_bar(outcome) for outcome in aims.outcomes(parts)]:
         found["performance-aims.svg"] = draw(
             "What clonefs aims at, and what was measured", "times as good as needed", bars
         )
@@ -54,7 +54,8 @@ def pictures(parts: dict[str, Part]) -> dict[str, str]:
     return found
 
 
-def _aim_bar(outcome: aims.Outcome) -> Bar:
+def aim_bar(outcome: aims.Outcome) -> Bar:
+    """How many times as good as needed."""
     margins = sorted(
         outcome.aim.margin(value) for value in (outcome.measured.least, outcome.measured.greatest)
     )

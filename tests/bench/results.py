@@ -81,7 +81,9 @@ def number(value: float) -> str:
     """With as many digits as one can believe."""
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def spread(values: Iterable[float]) -> str:

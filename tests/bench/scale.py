@@ -21,7 +21,7 @@ class Scale:
     """The whole benchmark, or with `quick` a small one that shows that it works."""
 
     rounds: int = 5
-    seconds: float = 0.6  # of each run of fio
+    seconds: float = 0.5  # of each run of fio
     quick: bool = False
 
     @property

@@ -63,6 +63,7 @@ class FaultyDevice:
             [sys.executable, Path(__file__).with_name("faulty_fs.py"), self.behind, self.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the test, which then puts it away
         )
         self._answer()
 
