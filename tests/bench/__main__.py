@@ -29,10 +29,10 @@ class Kind:
 
 
 KINDS = {
-    "steady": Kind(steady.measure_part, 30, 125),
+    "steady": Kind(steady.measure_part, 30, 115),
     "restore": Kind(restore.measure_part, 80, 70),
     "sync": Kind(sync.measure_part, 5, 10),
-    "growth": Kind(growth.measure_part, 50, 40),
+    "growth": Kind(growth.measure_part, 50, 60),
     "isolation": Kind(isolation.measure_part, 10, 20),
 }
 PROGRAMS = ("fio", "qemu-storage-daemon", "qemu-img", "losetup", "mkfs.xfs", "mkfs.btrfs")

@@ -21,10 +21,15 @@ REPORTS: dict[str, Callable[[Part], str]] = {
 
 def sections(parts: dict[str, Part]) -> dict[str, str]:
     """Markdown, by the name of the section."""
-    found = {"aims": aims.aims_table(parts)} if any(aims.outcomes(parts)) else {}
+    found = {"aims": _aims(parts)} if any(aims.outcomes(parts)) else {}
     return found | {
         name: _section(parts[name], report) for name, report in REPORTS.items() if name in parts
     }
+
+
+def _aims(parts: dict[str, Part]) -> str:
+    measured = (f"{part.name}: {_how_many(part)}" for part in parts.values())
+    return f"{aims.aims_table(parts)}\n\nMeasured: {'; '.join(measured)}."
 
 
 def _section(part: Part, report: Callable[[Part], str]) -> str:
@@ -33,9 +38,14 @@ def _section(part: Part, report: Callable[[Part], str]) -> str:
 
 
 def _measured_on(part: Part) -> str:
-    many = "1 round" if part.rounds == 1 else f"{part.rounds} rounds"
-    quick = " A quick run, which shows that the benchmark works, and no more." if part.quick else ""
-    return f"{part.machine}; {many}.{quick}"
+    return f"{part.machine}; {_how_many(part)}."
+
+
+def _how_many(part: Part) -> str:
+    rounds = "1 round" if part.rounds == 1 else f"{part.rounds} rounds"
+    return (
+        f"{rounds} of a quick run, which shows that it works, and no more" if part.quick else rounds
+    )
 
 
 def pictures(parts: dict[str, Part]) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Cell(NamedTuple):
         """Who does it. Clones are in the way of writes only; the clone itself has one way."""
         found = [PLAIN, SPLIT, QEMU, RAW]
         if self.job.writes:
-            found += [MIRROR, EIGHT]
+            found += [MIRROR, EIGHT] if self.way == DIRECT else [MIRROR]
         return found + {BUFFERED: [CACHED], DIRECT: [CLONE], LOOP: []}[self.way]
 
 
