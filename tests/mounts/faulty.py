@@ -63,6 +63,7 @@ class FaultyDevice:
             [sys.executable, Path(__file__).with_name("faulty_fs.py"), self.behind, self.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the test, which then puts it away
         )
         self._answer()
 
@@ -88,6 +89,7 @@ class FaultyDevice:
         first: int = 0,
         stop: int = _EVERYTHING,
         times: int | None = None,
+        delay: float | None = None,
     ) -> Fault:
         """From now on each `request` (open, read, write, fsync) that touches bytes [first, stop) of
         `file` fails with this errno; with `times` so many of them."""
@@ -100,12 +102,17 @@ class FaultyDevice:
             first=first,
             stop=stop,
             left=times,
+            delay=delay,
         )
         return Fault(self, answer["fault"])
 
     def hang(self, file: Path, request: str, *, first: int = 0, stop: int = _EVERYTHING) -> Fault:
         """The same, but it hangs until it is mended."""
         return self.fail(file, request, 0, first=first, stop=stop)
+
+    def slow_down(self, file: Path, request: str, delay: float) -> Fault:
+        """The same, but it goes on by itself after `delay` seconds."""
+        return self.fail(file, request, 0, delay=delay)
 
     def mend(self) -> None:
         """Nothing fails or hangs any more."""

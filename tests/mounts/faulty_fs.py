@@ -14,6 +14,7 @@ import errno
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ from pyfuse3 import FUSEError, InodeT
 @dataclass(eq=False)
 class Fault:
     """What is to happen to requests of one kind that touch bytes [first, stop) of one file. `number`
-    is an errno, or 0: the request hangs until the fault is mended. `left`: for how many requests,
-    None for all."""
+    is an errno, or 0: the request hangs until the fault is mended, or for `delay` seconds if that is
+    given. `left`: for how many requests, None for all."""
 
     file: str
     request: str
@@ -37,6 +38,7 @@ class Fault:
     first: int
     stop: int
     left: int | None
+    delay: float | None = None
     hits: int = 0
     hanging: int = 0
     mended: trio.Event = field(default_factory=trio.Event)
@@ -94,7 +96,8 @@ class FaultyFs(pyfuse3.Operations):
             if fault.number:
                 raise FUSEError(fault.number)
             fault.hanging += 1
-            await fault.mended.wait()
+            with trio.move_on_after(math.inf if fault.delay is None else fault.delay):
+                await fault.mended.wait()
             fault.hanging -= 1
 
     # Files
