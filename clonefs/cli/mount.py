@@ -14,16 +14,30 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import background, kernel, service_manager, tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, background, kernel, service_manager, tree
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing
+from clonefs.fuse.options import EXPLAINED
 
 
-@click.command()
-@click.argument("meta", type=path_type)
-@click.argument("mountpoint", type=path_type)
+class _Mount(click.Command):
+    """Its help ends with what -o takes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line for each option."""
+        with formatter.section("Mount options"):
+            formatter.write_dl(list(EXPLAINED.items()))
+
+
+@click.command(cls=_Mount)
+@click.argument("meta", type=arguments.file)
+@click.argument("mountpoint", type=arguments.directory)
 @click.option(
-    "-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas."
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPTIONS",
+    help="Mount options, separated by commas.",
+    shell_complete=arguments.mount_options,
 )
 @click.option("-f", "foreground", is_flag=True, help="Stay in front, and log to standard error.")
 def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bool) -> None:
@@ -86,12 +100,17 @@ def _check_tree(mountpoint: Path, daemon: background.Daemon) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", type=path_type)
+@click.argument("mountpoint", type=arguments.mountpoint)
 @click.option("--dead", is_flag=True, help="Only if its daemon has died; else do nothing.")
 def umount(mountpoint: Path, dead: bool) -> None:
     """Unmount MOUNTPOINT, and return once everything is on disk.
 
-    A copy that is running goes on at the next mount. A mount whose daemon has died is taken away.
+    A copy that is running goes on at the next mount. A mount that is in use is left as it is. One
+    whose daemon has died is taken away; the next mount recovers.
+
+    \b
+    Example:
+      clonefs umount /mnt
     """
     where = Path(os.path.realpath(mountpoint))
     if dead and not kernel.is_dead(where):

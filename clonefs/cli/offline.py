@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments
 from clonefs.errors import ClonefsError, failed
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("meta", type=path_type)
+@click.argument("meta", type=arguments.file)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it, for programs.")
 def dump(meta: Path, as_json: bool) -> None:
-    """Show what the metadata volume META holds, while it is not mounted.
+    """Show what the metadata volume META holds.
 
-    It shows the superblock, the records, the groups and clones, their live maps and their durable
-    maps. Of a damaged volume it shows what can be read. Nothing is changed. Long extent lists are cut
-    short; --json has all of them.
+    Nobody may have it mounted meanwhile, unless read-only. It shows the superblock, the records, the
+    groups and clones, their live maps and their durable maps. Of a damaged volume it shows what can
+    be read. Nothing is changed. Long extent lists are cut short; --json has all of them.
 
     \b
     Example:
@@ -48,16 +48,17 @@ def dump(meta: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("meta", type=path_type)
+@click.argument("meta", type=arguments.file)
 @click.option("--repair", is_flag=True, help="Mend what can be mended without a guess.")
 def check(meta: Path, repair: bool) -> None:
-    """Check whether the metadata volume META is sound, while it is not mounted.
+    """Check whether the metadata volume META is sound.
 
-    There is one line for each thing that is wrong or worth a note, and what the next mount will do.
-    What a crash leaves is a note at most, for the next mount recovers by itself; only a record that
-    it has cut off looks like one that has gone bad. With --repair copies are mended from each other,
-    and maps whose bits are lost are made to say that all may differ: that costs copying and no data.
-    What could only be guessed is left alone. Keep a copy of META before you repair it.
+    Nobody may have it mounted meanwhile, unless read-only. There is one line for each thing that is
+    wrong or worth a note, and what the next mount will do. What a crash leaves is a note at most, for
+    the next mount recovers by itself; only a record that it has cut off looks like one that has gone
+    bad. With --repair copies are mended from each other, and maps whose bits are lost are made to say
+    that all may differ: that costs copying and no data. What could only be guessed is left alone.
+    Keep a copy of META before you repair it.
 
     Exit status: 0 if it is sound, 1 if something is wrong.
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, tree
 from clonefs.cli.progress import progress_bar
 from clonefs.errors import failed
 
@@ -16,7 +15,7 @@ _LINE = re.compile(r"(\w+) (\d+)/(\d+) (\d+) differ (\d+) unreadable")
 
 
 @click.command()
-@click.argument("clone", metavar="MOUNTPOINT/GROUP/CLONE", type=path_type)
+@click.argument("clone", metavar="MOUNTPOINT/GROUP/CLONE", type=arguments.clone())
 @click.option("--rate", metavar="RATE", help="Read at most so many bytes a second: 64M.")
 def verify(clone: Path, rate: str | None) -> None:
     """Read a clone and its Source, and compare them.

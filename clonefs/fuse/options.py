@@ -8,6 +8,23 @@ from clonefs.errors import ClonefsError, invalid
 _KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
 _IGNORED = frozenset({"", "defaults", "suid", "dev", "exec", "atime", "async"})
 
+EXPLAINED = {
+    "uid=": "Who owns every file; who mounts, if not given.",
+    "gid=": "The group of every file; that of who mounts, if not given.",
+    "umask=": "Octal: permissions to take away from 0666 for files and 0555 for directories; 077 if "
+    "not given.",
+    "allow_other": "Let others than who mounts look at the tree at all; modes decide what they may do.",
+    "ro": "Change nothing on disk, neither the volume nor a backing.",
+    "rw": "The opposite, as it is if neither is given.",
+    "cached": "Let the kernel cache pages of Sources, so that shared mappings of them work; slower "
+    "otherwise.",
+    "nosuid": "No set-user-ID bits; set in any case.",
+    "nodev": "No device files; set in any case.",
+    "noexec": "Nothing can be executed.",
+    "noatime": "As for other file systems.",
+}
+"""Every option that does something, with its `=` if it has a value; for help and for shells."""
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
@@ -59,5 +76,6 @@ def _number(option: str, value: str, base: int) -> int:
 
 
 def _unknown(option: str) -> ClonefsError:
-    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "ro", "rw", "uid=", "umask="]))
-    return invalid(f"mount option {option!r} is not known: there are {known}")
+    return invalid(
+        f"mount option {option!r} is not known: there are {', '.join(sorted(EXPLAINED))}"
+    )
