@@ -122,7 +122,12 @@ def reverse_sync(clone: Path, wait_too: bool) -> None:
 
 @click.command()
 @click.argument("clone", metavar=_CLONE, type=arguments.clone(*COPYING))
-@click.option("--state", type=click.Choice(STATES), help="Wait until the clone is in this state.")
+@click.option(
+    "--state",
+    metavar="STATE",
+    type=click.Choice(STATES),
+    help=f"Wait until the clone is in this state: {', '.join(STATES[:-1])} or {STATES[-1]}.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),

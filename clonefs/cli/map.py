@@ -14,8 +14,10 @@ _FEWEST_LINES = 4
 @click.argument("path", type=arguments.place)
 @click.option("--json", "as_json", is_flag=True, help="Print the cells for programs instead.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw into FILE.")
-@click.option("--width", type=click.IntRange(min=8), help="Characters a line.")
-@click.option("--lines", "height", type=click.IntRange(min=1), help="Lines of cells a clone.")
+@click.option("--width", metavar="COLUMNS", type=click.IntRange(min=8), help="Characters a line.")
+@click.option(
+    "--lines", "height", metavar="LINES", type=click.IntRange(min=1), help="Lines a clone."
+)
 @click.option("--ascii", "ascii_only", is_flag=True, help="Draw with ASCII characters only.")
 @colour_option
 def map_(
