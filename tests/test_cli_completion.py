@@ -29,6 +29,7 @@ def mnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree that the kernel knows as the only mount."""
     root = make_mount(tmp_path / "mnt")
     monkeypatch.setattr(kernel, "clonefs_mountpoints", lambda: [root])
+    monkeypatch.chdir("/usr")
     return root
 
 
