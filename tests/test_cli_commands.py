@@ -124,23 +124,41 @@ def test_a_clone_is_found_from_within_its_group(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["restore", "/nowhere/nightly"], "/nowhere/nightly is not inside a clonefs mount"),
+        (
+            ["restore", "/nowhere/nightly"],
+            "/nowhere/nightly is not inside a clonefs mount: see clonefs status",
+        ),
         (["restore", "."], ". is not a clone: name one by its own path, MOUNTPOINT/GROUP/CLONE"),
         (["restore", "payroll/source"], "payroll/source is a Source: name one of its clones"),
-        (["restore", "payroll/gone"], "there is no clone gone in the group payroll"),
-        (["restore", "gone/nightly"], "there is no group gone in the mount at MNT"),
+        (
+            ["restore", "payroll/gone"],
+            "there is no clone gone in the group payroll: see clonefs status",
+        ),
+        (
+            ["restore", "gone/nightly"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (["restore", "payroll/nightly/x"], "there is nothing below the LU MNT/payroll/nightly"),
         (
             ["restore", "control/payroll/nightly"],
             "MNT/control/payroll/nightly is a control file: name a group or an LU by its own path",
         ),
-        (["remove-clone", "payroll/gone"], "there is no clone gone in the group payroll"),
-        (["remove-group", "gone"], "there is no group gone in the mount at MNT"),
+        (
+            ["remove-clone", "payroll/gone"],
+            "there is no clone gone in the group payroll: see clonefs status",
+        ),
+        (
+            ["remove-group", "gone"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (
             ["remove-group", NIGHTLY],
             "payroll/nightly is not a group: name its directory, MNT/payroll",
         ),
-        (["add-clone", "gone", "x", "/a"], "there is no group gone in the mount at MNT"),
+        (
+            ["add-clone", "gone", "x", "/a"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (["add-clone", ".", "x", "/a"], ". is a mount point: name a group in it, as MNT/GROUP"),
         (
             ["add-group", "payroll", "x", "/a"],

@@ -75,7 +75,7 @@ def _prepare(mountpoint: Path) -> None:
     if not mountpoint.exists():
         raise missing(f"there is no directory {mountpoint} to mount on: make it first")
     if not mountpoint.is_dir():
-        raise invalid(f"{mountpoint} is not a directory to mount on")
+        raise invalid(f"{mountpoint} is not a directory to mount on: name one")
     there = kernel.topmost(mountpoint)
     if there is not None and there.fstype == kernel.FSTYPE:
         raise busy(f"clonefs is mounted at {mountpoint} already")
@@ -117,7 +117,7 @@ def umount(mountpoint: Path, dead: bool) -> None:
         return
     there = kernel.topmost(where)
     if there is None or there.fstype != kernel.FSTYPE:
-        raise invalid(f"{mountpoint} is not the mount point of a clonefs mount")
+        raise invalid(f"{mountpoint} is not the mount point of a clonefs mount: see clonefs status")
     if kernel.is_dead(where):
         kernel.detach(where)
         click.echo(f"clonefs: the daemon of {where} had died; the next mount recovers", err=True)

@@ -107,5 +107,5 @@ def _json(place: tree.Place) -> bytes:
         return tree.read(place, tree.STATUS_JSON)
     groups = tree.report(place)["groups"]
     if place.group not in groups:
-        raise missing(f"there is no group {place.group} in the mount at {place.mountpoint}")
+        raise tree.no_group(place)
     return json.dumps(groups[place.group], indent=2).encode() + b"\n"
