@@ -343,9 +343,7 @@ After a crash it recovers by itself.
 A mount point with a clonefs whose daemon has died is mounted anew.
 .PP
 \fBumount\fR returns once everything is on disk.
-It does not wait with \fB\-l\fR and \fB\-f\fR, and not if root has mounted with \fBmount
-\-n\fR; then \fBclonefs
-umount\fR does.
+It does not wait with \fB\-l\fR and \fB\-f\fR.
 While the same tree is mounted elsewhere too, by a bind mount, the daemon goes on, and a line
 says so.
 A mount whose daemon has died is taken away.
@@ -358,7 +356,7 @@ Do nothing but look at the options; of \fBumount\fR: unmount by force, without w
 Of \fBumount\fR: take the mount away now, and let the daemon end when nobody uses it any more.
 .TP
 .B \-n
-Do not note the mount for \fBumount\fR, which does not wait for the daemon then.
+Taken, and does nothing.
 .TP
 .B \-s
 Leave out options that are not known, instead of refusing them.

@@ -187,6 +187,25 @@ def test_umount_returns_once_everything_is_on_disk(mounted: Machine, flags: list
     assert (mounted.work / "production.img").read_bytes() == data
 
 
+def test_after_clonefs_mount_it_does_too(machine: Machine) -> None:
+    machine.run("/usr/local/bin/clonefs", "mount", machine.meta, machine.mountpoint)
+    source = machine.add_group("64M")
+    machine.path(source).write_bytes(noise("umount", 64 * MiB))
+    machine.run("umount", machine.mountpoint)
+    assert was_closed_cleanly(machine.meta)
+    assert not machine.daemons()
+    assert str(machine.mountpoint) not in machine.path("/run/mount/utab").read_text()
+
+
+def test_a_mount_that_cannot_be_noted_says_so(machine: Machine) -> None:
+    machine.run("umount", "/run/mount")
+    machine.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", "/run/mount")
+    done = machine.result("/usr/local/bin/clonefs", "mount", machine.meta, machine.mountpoint)
+    said = f"clonefs: umount {machine.mountpoint} will not wait; clonefs umount does\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    machine.run("/usr/local/bin/clonefs", "umount", machine.mountpoint)
+
+
 def test_umount_by_the_volume_does_too(mounted: Machine) -> None:
     mounted.run("umount", mounted.meta)
     assert was_closed_cleanly(mounted.meta)
@@ -390,6 +409,17 @@ def test_a_loop_device_over_a_source(mounted: Machine) -> None:
     mounted.run(LOOP, "detach", source)
     assert mounted.run(LOOP, "list") == ""
     mounted.run("umount", mounted.mountpoint)
+
+
+def test_a_path_with_blanks_is_listed_as_it_is(machine: Machine) -> None:
+    machine.mountpoint = machine.work / "two  blanks \\ "
+    machine.mountpoint.mkdir()
+    machine.run("mount", "-t", "clonefs", machine.meta, machine.mountpoint)
+    source = machine.add_group()
+    device = machine.run(LOOP, "attach", source).strip()
+    assert machine.run(LOOP, "list") == f"{device} rw {source}\n"
+    machine.run(LOOP, "detach", source)
+    machine.run("umount", machine.mountpoint)
 
 
 def test_attaching_and_detaching_twice_is_as_good_as_once(mounted: Machine) -> None:

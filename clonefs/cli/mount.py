@@ -60,6 +60,8 @@ def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bo
         job(partial(service_manager.ready, f"{meta} is mounted on {where}"))
     else:
         _check_tree(where, background.start(job))
+        if not kernel.note_for_umount(meta.absolute(), where):
+            click.echo(f"clonefs: umount {where} will not wait; clonefs umount does", err=True)
 
 
 def _serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], None]) -> None:
