@@ -551,7 +551,12 @@ def test_the_installer_can_be_run_twice_and_taken_back(tmp_path: Path) -> None:
         "usr/local/sbin/clonefs-loop",
         "usr/local/lib/systemd/system/clonefs@.service",
         "usr/local/lib/systemd/system/clonefs-loop@.service",
-    } <= set(once)
+        "usr/local/share/man/man1/clonefs.1",
+        "usr/local/share/man/man8/mount.clonefs.8",
+        "usr/local/share/bash-completion/completions/clonefs",
+        "usr/local/share/zsh/site-functions/_clonefs",
+        "etc/fish/completions/clonefs.fish",
+    } == set(once)
     assert install(tmp_path).returncode == 0
     assert installed_below(tmp_path) == once
     assert install(tmp_path, "--uninstall").returncode == 0
@@ -570,10 +575,18 @@ def test_the_installer_takes_another_prefix_and_program(tmp_path: Path) -> None:
     assert installed_below(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["sbin/mount.clonefs", "sbin/umount.fuse.clonefs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sbin/mount.clonefs",
+        "sbin/umount.fuse.clonefs",
+        "usr/local/share/man/man1/clonefs.1",
+        "usr/local/share/zsh/site-functions/_clonefs",
+    ],
+)
 def test_the_installer_leaves_alone_what_is_not_its_own(tmp_path: Path, name: str) -> None:
     theirs = tmp_path / name
-    theirs.parent.mkdir()
+    theirs.parent.mkdir(parents=True)
     theirs.write_text("theirs\n")
     done = install(tmp_path)
     assert done.returncode == 1

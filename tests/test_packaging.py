@@ -151,9 +151,9 @@ def test_the_package_alone_makes_it_part_of_the_machine(installed: Path, tmp_pat
         "share/man/man8/mount.clonefs.8",
         "share/bash-completion/completions/clonefs",
         "share/zsh/site-functions/_clonefs",
-        "share/fish/vendor_completions.d/clonefs.fish",
     ):
         assert f"usr/local/{name}" in once
+    assert "etc/fish/completions/clonefs.fish" in once
     # Called by the link that it has put there, it still finds itself.
     link = tmp_path / "link/bin/clonefs"
     link.parent.mkdir(parents=True)
