@@ -133,7 +133,7 @@ def _option_tag(names: str) -> str:
 
 def _synopsis(command: click.Command, ctx: click.Context) -> str:
     short = [_option_tag(names.split(", ")[-1]) for names, _ in _options(command, ctx)]
-    given = [f"[{each}]".replace(" ", "\\ ") for each in short]
+    given = [f"[{each}]".replace(" ", "\\~") for each in short]
     given += [
         _argument(param, ctx) for param in command.params if isinstance(param, click.Argument)
     ]

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
 from clonefs.cli import main
@@ -39,6 +40,9 @@ def test_every_command_and_option_is_shown() -> None:
     shown = run("mandoc", "-T", "ascii", "-O", "width=300", manual.MAN / "clonefs.1")
     plain = "".join(char for at, char in enumerate(shown) if "\b" not in shown[at : at + 2])
     for name, command in main.commands.items():
-        for option in (each for param in command.params for each in param.opts):
-            assert not option.startswith("-") or f" {option}" in plain, (name, option)
         assert f"clonefs {name} " in plain
+        ctx = click.Context(command, help_option_names=[])
+        for option in (each for each in command.params if isinstance(each, click.Option)):
+            names, _ = option.get_help_record(ctx) or ("", "")
+            assert f" [{names}]" in plain, (name, names)
+            assert f"\n{' ' * 14}{names}" in plain, (name, names)
