@@ -5,4 +5,4 @@ Group, Sync Engine, COD Engine, Delta Map, Protected Restore Map. docs/architect
 of the house.
 """
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

@@ -6,6 +6,7 @@ devices are not: `close` detaches those over files of the mounts inside.
 """
 
 import json
+import re
 import shlex
 import subprocess
 from dataclasses import dataclass, field
@@ -174,6 +175,7 @@ class Machine:
         wait_for(lambda: not self.daemons(), "for the daemons to end")
 
     def _mountpoints(self) -> list[str]:
-        listed = self.result("findmnt", "--raw", "--noheadings", "--output", "TARGET").stdout
+        raw = self.result("findmnt", "--raw", "--noheadings", "--output", "TARGET").stdout
+        listed = re.sub(r"\\x([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), raw)
         below = [line for line in listed.splitlines() if line.startswith((str(self.work), "/mnt/"))]
         return [line for line in reversed(below) if not line.endswith("/layers")]

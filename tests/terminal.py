@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,10 +35,16 @@ class Terminal:
 
     def wait_for(self, text: str, *, after: int = 0) -> None:
         """Return once this is drawn, in what comes behind the first `after` characters."""
+        self.wait_until(lambda: text in self.text[after:], repr(text), look_again_s=1.0)
+
+    def wait_until(
+        self, look: Callable[[], object], what: str = "it", *, look_again_s: float = 0.02
+    ) -> None:
+        """Return once `look` is true; what is drawn meanwhile is read."""
         deadline = time.monotonic() + DEADLINE_S
-        while text not in self.text[after:]:
-            assert time.monotonic() < deadline, f"{text!r} is never drawn: {self.text!r}"
-            assert self._read(1.0) or self.process.poll() is None, f"ended: {self.text!r}"
+        while not look():
+            assert time.monotonic() < deadline, f"{what} never comes: {self.text!r}"
+            assert self._read(look_again_s) or self.process.poll() is None, f"ended: {self.text!r}"
 
     def press(self, keys: str) -> None:
         """Press these keys."""

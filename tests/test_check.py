@@ -738,6 +738,27 @@ def test_check_finds_and_repair_mends(meta: Meta) -> None:
     assert run("check", meta.path).exit_code == 0
 
 
+def test_check_for_programs(meta: Meta) -> None:
+    meta.damage(0, 1)
+    (finding,) = meta.examine()
+    told = {
+        "severity": "wrong",
+        "where": "payroll",
+        "text": finding.text,
+        "repairable": True,
+    }
+    result = run("check", "--json", meta.path)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    report = json.loads(result.stdout)
+    assert report["volume"] == str(meta.path)
+    assert (report["repaired"], report["found"]) == ([], [told])
+    assert len(report["next_mount"]) > 0
+    result = run("check", "--repair", "--json", meta.path)
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert (report["repaired"], report["found"]) == ([told], [])
+
+
 def test_repair_says_what_it_will_not_guess(path: Path) -> None:
     meta = damage_both(a_volume(path, in_a_restore, clean=False))
     result = run("check", "--repair", meta.path)

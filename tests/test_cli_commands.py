@@ -2,13 +2,14 @@
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 import clonefs
-from clonefs.cli import tree
+from clonefs.cli import main, tree
 from tests.test_cli_support import always_fails, make_mount, put, refusal, run
 
 
@@ -123,23 +124,41 @@ def test_a_clone_is_found_from_within_its_group(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["restore", "/nowhere/nightly"], "/nowhere/nightly is not inside a clonefs mount"),
+        (
+            ["restore", "/nowhere/nightly"],
+            "/nowhere/nightly is not inside a clonefs mount: see clonefs status",
+        ),
         (["restore", "."], ". is not a clone: name one by its own path, MOUNTPOINT/GROUP/CLONE"),
         (["restore", "payroll/source"], "payroll/source is a Source: name one of its clones"),
-        (["restore", "payroll/gone"], "there is no clone gone in the group payroll"),
-        (["restore", "gone/nightly"], "there is no group gone in the mount at MNT"),
+        (
+            ["restore", "payroll/gone"],
+            "there is no clone gone in the group payroll: see clonefs status",
+        ),
+        (
+            ["restore", "gone/nightly"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (["restore", "payroll/nightly/x"], "there is nothing below the LU MNT/payroll/nightly"),
         (
             ["restore", "control/payroll/nightly"],
             "MNT/control/payroll/nightly is a control file: name a group or an LU by its own path",
         ),
-        (["remove-clone", "payroll/gone"], "there is no clone gone in the group payroll"),
-        (["remove-group", "gone"], "there is no group gone in the mount at MNT"),
+        (
+            ["remove-clone", "payroll/gone"],
+            "there is no clone gone in the group payroll: see clonefs status",
+        ),
+        (
+            ["remove-group", "gone"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (
             ["remove-group", NIGHTLY],
             "payroll/nightly is not a group: name its directory, MNT/payroll",
         ),
-        (["add-clone", "gone", "x", "/a"], "there is no group gone in the mount at MNT"),
+        (
+            ["add-clone", "gone", "x", "/a"],
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
         (["add-clone", ".", "x", "/a"], ". is a mount point: name a group in it, as MNT/GROUP"),
         (
             ["add-group", "payroll", "x", "/a"],
@@ -292,10 +311,33 @@ def test_version() -> None:
     assert run("--version").output == f"clonefs {clonefs.__version__}\n"
 
 
-def test_every_command_has_a_help_text() -> None:
+def test_every_command_is_listed_and_has_a_help_text() -> None:
     listing = run("--help").output
-    names = [line.split()[0] for line in listing.partition("Commands:\n")[2].splitlines()]
-    assert len(names) == 17
-    for name in names:
+    assert len(main.commands) == 19
+    for name, command in main.commands.items():
+        start = re.escape((command.short_help or "-")[:40])
+        assert re.search(rf"^  {name} +{start}", listing, re.MULTILINE), name
         result = run(name, "--help")
         assert (result.exit_code, result.output.count(".") > 0) == (0, True), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "clonefs: Missing command: see clonefs --help"),
+        (["--what"], "clonefs: No such option"),
+        (["what"], "clonefs: No such command 'what'"),
+        (["restore"], "clonefs restore: Missing argument 'MOUNTPOINT/GROUP/CLONE': see"),
+        (
+            ["restore", ""],
+            "clonefs restore: Invalid value for 'MOUNTPOINT/GROUP/CLONE': the path is",
+        ),
+        (["wait", "--timeout", "x", "y"], "clonefs wait: Invalid value for '--timeout'"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(said)
+    assert result.stderr.endswith("--help\n")
+    assert result.stderr.count("\n") == 1

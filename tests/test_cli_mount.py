@@ -238,7 +238,7 @@ def test_the_mount_point_must_be_a_directory(tmp_path: Path, daemon: Daemon) -> 
         f"there is no directory {gone} to mount on: make it first"
     )
     assert refusal(run("mount", "-f", "meta", tmp_path / "file")) == (
-        f"{tmp_path}/file is not a directory to mount on"
+        f"{tmp_path}/file is not a directory to mount on: name one"
     )
     assert daemon.served == []
 
@@ -426,7 +426,10 @@ def test_a_dead_mount_is_taken_away_and_said_to_be_dead(
 def test_only_clonefs_is_unmounted(unmounting: Unmounting, fstype: str | None) -> None:
     unmounting.table = [] if fstype is None else [entry(unmounting.mnt, fstype)]
     sentence = refusal(run("umount", unmounting.mnt))
-    assert sentence == f"{unmounting.mnt} is not the mount point of a clonefs mount"
+    assert (
+        sentence
+        == f"{unmounting.mnt} is not the mount point of a clonefs mount: see clonefs status"
+    )
     assert unmounting.done == []
 
 

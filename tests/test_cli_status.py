@@ -45,9 +45,15 @@ def test_json_of_a_group_is_that_groups_object(mnt: Path, path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
-        ("gone", "there is no group gone in the mount at MNT"),
-        ("payroll/gone", "there is no clone gone in the group payroll"),
-        ("gone/source", "there is no group gone in the mount at MNT"),
+        ("gone", "there is no group gone in the mount at MNT: see clonefs status"),
+        (
+            "payroll/gone",
+            "there is no clone gone in the group payroll: see clonefs status",
+        ),
+        (
+            "gone/source",
+            "there is no group gone in the mount at MNT: see clonefs status",
+        ),
     ],
 )
 @pytest.mark.parametrize("option", [[], ["--json"]])
@@ -94,7 +100,7 @@ def test_a_mount_that_cannot_be_seen_does_not_hide_the_others(
 ) -> None:
     mount_table(monkeypatch, tmp_path, line("/nowhere", device="0:51"), line(mnt))
     result = run("status")
-    assert refusal(result) == "/nowhere is not inside a clonefs mount"
+    assert refusal(result) == "/nowhere is not inside a clonefs mount: see clonefs status"
     assert (mnt / "control/status").read_text() in result.stdout
 
 

@@ -22,7 +22,7 @@ COMMANDS = ("sync", "fracture", "reverse_sync", "protected_restore")
 
 def run(*arguments: str | Path) -> Result:
     """Run `clonefs` with these arguments, as a shell would."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], prog_name="clonefs")
 
 
 def refusal(result: Result) -> str:

@@ -124,7 +124,10 @@ def test_a_timeout_ends_the_wait_on_time(
     still()
     clock = passes(monkeypatch, *[still] * 5)
     sentence = refusal(run("wait", "--timeout", "0.2", nightly))
-    assert sentence == f"{nightly} is still synchronizing, 3 of 8 extents copied: the time is up"
+    assert (
+        sentence
+        == f"{nightly} is still synchronizing, 3 of 8 extents copied: the time is up: wait longer"
+    )
     assert sum(clock.pauses_s) == pytest.approx(0.2)
 
 
@@ -165,8 +168,14 @@ def test_a_copy_that_cannot_be_completed_ends_the_wait(
 @pytest.mark.parametrize(
     ("gone", "sentence"),
     [
-        ("control/payroll/nightly", "there is no clone nightly in the group payroll"),
-        ("control/payroll", "there is no group payroll in the mount at MNT"),
+        (
+            "control/payroll/nightly",
+            "there is no clone nightly in the group payroll: see clonefs status",
+        ),
+        (
+            "control/payroll",
+            "there is no group payroll in the mount at MNT: see clonefs status",
+        ),
         ("control", "clonefs is not mounted at MNT any more"),
     ],
 )

@@ -187,6 +187,25 @@ def test_umount_returns_once_everything_is_on_disk(mounted: Machine, flags: list
     assert (mounted.work / "production.img").read_bytes() == data
 
 
+def test_after_clonefs_mount_it_does_too(machine: Machine) -> None:
+    machine.run("/usr/local/bin/clonefs", "mount", machine.meta, machine.mountpoint)
+    source = machine.add_group("64M")
+    machine.path(source).write_bytes(noise("umount", 64 * MiB))
+    machine.run("umount", machine.mountpoint)
+    assert was_closed_cleanly(machine.meta)
+    assert not machine.daemons()
+    assert str(machine.mountpoint) not in machine.path("/run/mount/utab").read_text()
+
+
+def test_a_mount_that_cannot_be_noted_says_so(machine: Machine) -> None:
+    machine.run("umount", "/run/mount")
+    machine.run("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", "/run/mount")
+    done = machine.result("/usr/local/bin/clonefs", "mount", machine.meta, machine.mountpoint)
+    said = f"clonefs: umount {machine.mountpoint} will not wait; clonefs umount does\n"
+    assert (done.returncode, done.stderr) == (0, said)
+    machine.run("/usr/local/bin/clonefs", "umount", machine.mountpoint)
+
+
 def test_umount_by_the_volume_does_too(mounted: Machine) -> None:
     mounted.run("umount", mounted.meta)
     assert was_closed_cleanly(mounted.meta)
@@ -392,6 +411,17 @@ def test_a_loop_device_over_a_source(mounted: Machine) -> None:
     mounted.run("umount", mounted.mountpoint)
 
 
+def test_a_path_with_blanks_is_listed_as_it_is(machine: Machine) -> None:
+    machine.mountpoint = machine.work / "two  blanks \\ "
+    machine.mountpoint.mkdir()
+    machine.run("mount", "-t", "clonefs", machine.meta, machine.mountpoint)
+    source = machine.add_group()
+    device = machine.run(LOOP, "attach", source).strip()
+    assert machine.run(LOOP, "list") == f"{device} rw {source}\n"
+    machine.run(LOOP, "detach", source)
+    machine.run("umount", machine.mountpoint)
+
+
 def test_attaching_and_detaching_twice_is_as_good_as_once(mounted: Machine) -> None:
     source = mounted.add_group()
     device = mounted.run(LOOP, "attach", source)
@@ -521,7 +551,12 @@ def test_the_installer_can_be_run_twice_and_taken_back(tmp_path: Path) -> None:
         "usr/local/sbin/clonefs-loop",
         "usr/local/lib/systemd/system/clonefs@.service",
         "usr/local/lib/systemd/system/clonefs-loop@.service",
-    } <= set(once)
+        "usr/local/share/man/man1/clonefs.1",
+        "usr/local/share/man/man8/mount.clonefs.8",
+        "usr/local/share/bash-completion/completions/clonefs",
+        "usr/local/share/zsh/site-functions/_clonefs",
+        "etc/fish/completions/clonefs.fish",
+    } == set(once)
     assert install(tmp_path).returncode == 0
     assert installed_below(tmp_path) == once
     assert install(tmp_path, "--uninstall").returncode == 0
@@ -540,10 +575,18 @@ def test_the_installer_takes_another_prefix_and_program(tmp_path: Path) -> None:
     assert installed_below(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["sbin/mount.clonefs", "sbin/umount.fuse.clonefs"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sbin/mount.clonefs",
+        "sbin/umount.fuse.clonefs",
+        "usr/local/share/man/man1/clonefs.1",
+        "usr/local/share/zsh/site-functions/_clonefs",
+    ],
+)
 def test_the_installer_leaves_alone_what_is_not_its_own(tmp_path: Path, name: str) -> None:
     theirs = tmp_path / name
-    theirs.parent.mkdir()
+    theirs.parent.mkdir(parents=True)
     theirs.write_text("theirs\n")
     done = install(tmp_path)
     assert done.returncode == 1

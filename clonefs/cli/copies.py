@@ -4,19 +4,19 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import tree
-from clonefs.cli.arguments import path as path_type
-from clonefs.cli.waiting import STATES, wait_for
+from clonefs.cli import arguments, tree
+from clonefs.cli.waiting import COPYING, STATES, wait_for
 from clonefs.errors import invalid
 
 _CLONE = "MOUNTPOINT/GROUP/CLONE"
+_RESTORABLE = arguments.clone("fractured", "reverse-out-of-sync")
 _wait_option = click.option(
     "--wait", "wait_too", is_flag=True, help="Return only when the copy is complete."
 )
 
 
 @click.command()
-@click.argument("clone", metavar=_CLONE, type=path_type)
+@click.argument("clone", metavar=_CLONE, type=arguments.clone("fractured", "out-of-sync"))
 @click.option(
     "--then-fracture", is_flag=True, help="Split the clone off again when it equals the Source."
 )
@@ -37,7 +37,13 @@ def sync(clone: Path, then_fracture: bool, wait_too: bool) -> None:
 
 
 @click.command()
-@click.argument("clones", metavar=f"{_CLONE}...", nargs=-1, required=True, type=path_type)
+@click.argument(
+    "clones",
+    metavar=f"{_CLONE}...",
+    nargs=-1,
+    required=True,
+    type=arguments.clone("synchronized", "synchronizing", "restoring", "reverse-synchronizing"),
+)
 @click.option(
     "--force",
     is_flag=True,
@@ -75,7 +81,7 @@ def _fracture_together(places: list[tree.Place]) -> None:
 
 
 @click.command()
-@click.argument("clone", metavar=_CLONE, type=path_type)
+@click.argument("clone", metavar=_CLONE, type=_RESTORABLE)
 @_wait_option
 def restore(clone: Path, wait_too: bool) -> None:
     """Make the Source what the clone is, at once.
@@ -96,7 +102,7 @@ def restore(clone: Path, wait_too: bool) -> None:
 
 
 @click.command("reverse-sync")
-@click.argument("clone", metavar=_CLONE, type=path_type)
+@click.argument("clone", metavar=_CLONE, type=_RESTORABLE)
 @_wait_option
 def reverse_sync(clone: Path, wait_too: bool) -> None:
     """Make the Source what the clone is, and mirror the clone again.
@@ -115,8 +121,13 @@ def reverse_sync(clone: Path, wait_too: bool) -> None:
 
 
 @click.command()
-@click.argument("clone", metavar=_CLONE, type=path_type)
-@click.option("--state", type=click.Choice(STATES), help="Wait until the clone is in this state.")
+@click.argument("clone", metavar=_CLONE, type=arguments.clone(*COPYING))
+@click.option(
+    "--state",
+    metavar="STATE",
+    type=click.Choice(STATES),
+    help=f"Wait until the clone is in this state: {', '.join(STATES[:-1])} or {STATES[-1]}.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0),

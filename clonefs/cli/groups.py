@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, tree
 
 
 @click.command("add-group")
-@click.argument("mountpoint", type=path_type)
+@click.argument("mountpoint", type=arguments.mountpoint)
 @click.argument("name")
-@click.argument("backing", type=path_type)
+@click.argument("backing", type=arguments.file)
 @click.option("--size", metavar="SIZE", help="Create BACKING with this size if it does not exist.")
 @click.option("--extent", metavar="SIZE", help="The extent size, 4K to 4M; 64K if not given.")
 @click.option(
@@ -49,9 +48,9 @@ def add_group(
 
 
 @click.command("add-clone")
-@click.argument("group", metavar="MOUNTPOINT/GROUP", type=path_type)
+@click.argument("group", metavar="MOUNTPOINT/GROUP", type=arguments.group)
 @click.argument("name")
-@click.argument("backing", type=path_type)
+@click.argument("backing", type=arguments.file)
 @click.option("--no-sync", is_flag=True, help="Do not start copying the Source to it.")
 def add_clone(group: Path, name: str, backing: Path, no_sync: bool) -> None:
     """Add a clone to a group, and start copying the Source to it.
@@ -69,7 +68,11 @@ def add_clone(group: Path, name: str, backing: Path, no_sync: bool) -> None:
 
 
 @click.command("remove-clone")
-@click.argument("clone", metavar="MOUNTPOINT/GROUP/CLONE", type=path_type)
+@click.argument(
+    "clone",
+    metavar="MOUNTPOINT/GROUP/CLONE",
+    type=arguments.clone("synchronized", "fractured", "out-of-sync", "reverse-out-of-sync"),
+)
 def remove_clone(clone: Path) -> None:
     """Remove a clone from its group.
 
@@ -81,7 +84,7 @@ def remove_clone(clone: Path) -> None:
 
 
 @click.command("remove-group")
-@click.argument("group", metavar="MOUNTPOINT/GROUP", type=path_type)
+@click.argument("group", metavar="MOUNTPOINT/GROUP", type=arguments.group)
 def remove_group(group: Path) -> None:
     """Remove a group that has no clones left.
 

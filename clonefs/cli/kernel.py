@@ -17,6 +17,7 @@ FSTYPE = "fuse.clonefs"
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _BLOCK_DEVICES = Path("/sys/block")
+_UMOUNT_HELPER = Path("/sbin/umount.clonefs")
 _GONE = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 
@@ -90,6 +91,18 @@ def detach(mountpoint: Path) -> None:
     result = _run(["umount", "-i", "-l", path] if _is_root() else ["fusermount3", "-u", "-z", path])
     if result.returncode != 0:
         raise _unmountable(mountpoint, result)
+
+
+def note_for_umount(volume: Path, mountpoint: Path) -> bool:
+    """Make umount(8) call umount.clonefs for this mount, if that is installed; whether it will.
+
+    Without an entry in its own table umount(8) asks only for the type, gets `fuse`, and calls no
+    helper: it would return when the kernel has let go, and not when everything is on disk.
+    """
+    if not _is_root() or not os.access(_UMOUNT_HELPER, os.X_OK):
+        return True  # a user's umount(8) reads the type in the kernel's table
+    note = ("mount", "--internal-only", "--fake", "-t", FSTYPE, "-o", "helper=clonefs", "--")
+    return _run([*note, str(volume), str(mountpoint)]).returncode == 0
 
 
 def _is_root() -> bool:

@@ -4,19 +4,20 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, tree
 from clonefs.cli.terminal import colour_option, screen
 
 _FEWEST_LINES = 4
 
 
 @click.command("map")
-@click.argument("path", type=path_type)
+@click.argument("path", type=arguments.place)
 @click.option("--json", "as_json", is_flag=True, help="Print the cells for programs instead.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw into FILE.")
-@click.option("--width", type=click.IntRange(min=8), help="Characters a line.")
-@click.option("--lines", "height", type=click.IntRange(min=1), help="Lines of cells a clone.")
+@click.option("--width", metavar="COLUMNS", type=click.IntRange(min=8), help="Characters a line.")
+@click.option(
+    "--lines", "height", metavar="LINES", type=click.IntRange(min=1), help="Lines a clone."
+)
 @click.option("--ascii", "ascii_only", is_flag=True, help="Draw with ASCII characters only.")
 @colour_option
 def map_(

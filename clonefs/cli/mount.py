@@ -14,16 +14,30 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import background, kernel, service_manager, tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, background, kernel, service_manager, tree
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing
+from clonefs.fuse.options import EXPLAINED
 
 
-@click.command()
-@click.argument("meta", type=path_type)
-@click.argument("mountpoint", type=path_type)
+class _Mount(click.Command):
+    """Its help ends with what -o takes."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A line for each option."""
+        with formatter.section("Mount options"):
+            formatter.write_dl(list(EXPLAINED.items()))
+
+
+@click.command(cls=_Mount)
+@click.argument("meta", type=arguments.file)
+@click.argument("mountpoint", type=arguments.directory)
 @click.option(
-    "-o", "options", multiple=True, metavar="OPTIONS", help="Mount options, separated by commas."
+    "-o",
+    "options",
+    multiple=True,
+    metavar="OPTIONS",
+    help="Mount options, separated by commas.",
+    shell_complete=arguments.mount_options,
 )
 @click.option("-f", "foreground", is_flag=True, help="Stay in front, and log to standard error.")
 def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bool) -> None:
@@ -46,6 +60,8 @@ def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bo
         job(partial(service_manager.ready, f"{meta} is mounted on {where}"))
     else:
         _check_tree(where, background.start(job))
+        if not kernel.note_for_umount(meta.absolute(), where):
+            click.echo(f"clonefs: umount {where} will not wait; clonefs umount does", err=True)
 
 
 def _serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], None]) -> None:
@@ -61,7 +77,7 @@ def _prepare(mountpoint: Path) -> None:
     if not mountpoint.exists():
         raise missing(f"there is no directory {mountpoint} to mount on: make it first")
     if not mountpoint.is_dir():
-        raise invalid(f"{mountpoint} is not a directory to mount on")
+        raise invalid(f"{mountpoint} is not a directory to mount on: name one")
     there = kernel.topmost(mountpoint)
     if there is not None and there.fstype == kernel.FSTYPE:
         raise busy(f"clonefs is mounted at {mountpoint} already")
@@ -86,19 +102,24 @@ def _check_tree(mountpoint: Path, daemon: background.Daemon) -> None:
 
 
 @click.command()
-@click.argument("mountpoint", type=path_type)
+@click.argument("mountpoint", type=arguments.mountpoint)
 @click.option("--dead", is_flag=True, help="Only if its daemon has died; else do nothing.")
 def umount(mountpoint: Path, dead: bool) -> None:
     """Unmount MOUNTPOINT, and return once everything is on disk.
 
-    A copy that is running goes on at the next mount. A mount whose daemon has died is taken away.
+    A copy that is running goes on at the next mount. A mount that is in use is left as it is. One
+    whose daemon has died is taken away; the next mount recovers.
+
+    \b
+    Example:
+      clonefs umount /mnt
     """
     where = Path(os.path.realpath(mountpoint))
     if dead and not kernel.is_dead(where):
         return
     there = kernel.topmost(where)
     if there is None or there.fstype != kernel.FSTYPE:
-        raise invalid(f"{mountpoint} is not the mount point of a clonefs mount")
+        raise invalid(f"{mountpoint} is not the mount point of a clonefs mount: see clonefs status")
     if kernel.is_dead(where):
         kernel.detach(where)
         click.echo(f"clonefs: the daemon of {where} had died; the next mount recovers", err=True)

@@ -5,14 +5,14 @@ reaches it. Only `check --repair` opens it for writing, and for no longer than t
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments
 from clonefs.errors import ClonefsError, failed
 
 if TYPE_CHECKING:
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("meta", type=path_type)
+@click.argument("meta", type=arguments.file)
 @click.option("--json", "as_json", is_flag=True, help="Print all of it, for programs.")
 def dump(meta: Path, as_json: bool) -> None:
-    """Show what the metadata volume META holds, while it is not mounted.
+    """Show what the metadata volume META holds.
 
-    It shows the superblock, the records, the groups and clones, their live maps and their durable
-    maps. Of a damaged volume it shows what can be read. Nothing is changed. Long extent lists are cut
-    short; --json has all of them.
+    Nobody may have it mounted meanwhile, unless read-only. It shows the superblock, the records, the
+    groups and clones, their live maps and their durable maps. Of a damaged volume it shows what can
+    be read. Nothing is changed. Long extent lists are cut short; --json has all of them.
 
     \b
     Example:
@@ -48,16 +48,18 @@ def dump(meta: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("meta", type=path_type)
+@click.argument("meta", type=arguments.file)
 @click.option("--repair", is_flag=True, help="Mend what can be mended without a guess.")
-def check(meta: Path, repair: bool) -> None:
-    """Check whether the metadata volume META is sound, while it is not mounted.
+@click.option("--json", "as_json", is_flag=True, help="Print it for programs instead.")
+def check(meta: Path, repair: bool, as_json: bool) -> None:
+    """Check whether the metadata volume META is sound.
 
-    There is one line for each thing that is wrong or worth a note, and what the next mount will do.
-    What a crash leaves is a note at most, for the next mount recovers by itself; only a record that
-    it has cut off looks like one that has gone bad. With --repair copies are mended from each other,
-    and maps whose bits are lost are made to say that all may differ: that costs copying and no data.
-    What could only be guessed is left alone. Keep a copy of META before you repair it.
+    Nobody may have it mounted meanwhile, unless read-only. There is one line for each thing that is
+    wrong or worth a note, and what the next mount will do. What a crash leaves is a note at most, for
+    the next mount recovers by itself; only a record that it has cut off looks like one that has gone
+    bad. With --repair copies are mended from each other, and maps whose bits are lost are made to say
+    that all may differ: that costs copying and no data. What could only be guessed is left alone.
+    Keep a copy of META before you repair it.
 
     Exit status: 0 if it is sound, 1 if something is wrong.
 
@@ -66,15 +68,39 @@ def check(meta: Path, repair: bool) -> None:
       clonefs check /var/lib/clonefs.meta
       clonefs check --repair /var/lib/clonefs.meta
     """
-    if repair:
-        _repair(meta)
+    mended = _repair(meta) if repair else []
     found, next_mount = _look(meta)
-    for finding in found:
-        hint = " (--repair mends it)" if finding.repairable else ""
-        click.echo(f"{finding.severity}: {finding.where}: {finding.text}{hint}")
-    for line in next_mount:
-        click.echo(f"next mount: {line}")
+    if as_json:
+        findings = {"repaired": _as_json(mended), "found": _as_json(found)}
+        click.echo(
+            json.dumps({"volume": str(meta), **findings, "next_mount": next_mount}, indent=2)
+        )
+    else:
+        for line in _findings(mended, found, next_mount):
+            click.echo(line)
     _sum_up(meta, found)
+
+
+def _findings(
+    mended: "Sequence[Finding]", found: "Sequence[Finding]", next_mount: list[str]
+) -> Iterator[str]:
+    yield from (f"repaired: {each.where}: {each.text}" for each in mended)
+    for each in found:
+        hint = " (--repair mends it)" if each.repairable else ""
+        yield f"{each.severity}: {each.where}: {each.text}{hint}"
+    yield from (f"next mount: {line}" for line in next_mount)
+
+
+def _as_json(found: "Sequence[Finding]") -> list[dict[str, object]]:
+    return [
+        {
+            "severity": each.severity,
+            "where": each.where,
+            "text": each.text,
+            "repairable": each.repairable,
+        }
+        for each in found
+    ]
 
 
 def _sum_up(meta: Path, found: "tuple[Finding, ...]") -> None:
@@ -108,16 +134,15 @@ def _opened(meta: Path, *, read_only: bool) -> "Iterator[Medium]":
         medium.close()
 
 
-def _repair(meta: Path) -> None:
-    """Mend what can be mended, and say what."""
+def _repair(meta: Path) -> "list[Finding]":
+    """Mend what can be mended; what that was."""
     from clonefs.volume.check import examine, repair
     from clonefs.volume.volume import this_boot
 
     with _opened(meta, read_only=False) as medium:
         mended = [each for each in examine(medium, this_boot()) if each.repairable]
         repair(medium, mended)
-    for finding in mended:
-        click.echo(f"repaired: {finding.where}: {finding.text}")
+    return mended
 
 
 def _look(meta: Path) -> "tuple[tuple[Finding, ...], list[str]]":

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli import kernel, tree
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments, kernel, tree
 from clonefs.cli.terminal import Screen, colour_option, screen
 from clonefs.errors import ClonefsError, failed, invalid, missing
 
 
 @click.command()
-@click.argument("path", required=False, type=path_type)
+@click.argument("path", required=False, type=arguments.place)
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs instead.")
 @click.option("--watch", is_flag=True, help="Go on showing the copies that run; q ends it.")
 @click.option(
@@ -108,5 +107,5 @@ def _json(place: tree.Place) -> bytes:
         return tree.read(place, tree.STATUS_JSON)
     groups = tree.report(place)["groups"]
     if place.group not in groups:
-        raise missing(f"there is no group {place.group} in the mount at {place.mountpoint}")
+        raise tree.no_group(place)
     return json.dumps(groups[place.group], indent=2).encode() + b"\n"

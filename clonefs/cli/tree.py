@@ -120,7 +120,7 @@ def _not_found(path: Path, unseen: dict[int | None, Path]) -> ClonefsError:
     if errno.EACCES in unseen:
         where = unseen[errno.EACCES]
         return ClonefsError(errno.EACCES, f"{path}: no permission to look into {where}")
-    return invalid(f"{path} is not inside a clonefs mount")
+    return invalid(f"{path} is not inside a clonefs mount: see clonefs status")
 
 
 def _lost(mountpoint: Path) -> ClonefsError:
@@ -130,14 +130,26 @@ def _lost(mountpoint: Path) -> ClonefsError:
     )
 
 
+def no_group(place: Place) -> ClonefsError:
+    """ENOENT: there is no such group."""
+    return missing(
+        f"there is no group {place.group} in the mount at {place.mountpoint}: see clonefs status"
+    )
+
+
+def no_clone(place: Place) -> ClonefsError:
+    """ENOENT: there is no such clone."""
+    return missing(f"there is no clone {place.lu} in the group {place.group}: see clonefs status")
+
+
 def _absent(place: Place) -> ClonefsError:
     """Say which of mount, group and clone is not there (any more)."""
     if not place.mountpoint.joinpath(CONTROL, STATUS_JSON).exists():
         return missing(f"clonefs is not mounted at {place.mountpoint} any more")
     if place.group is not None and not place.mountpoint.joinpath(CONTROL, place.group).is_dir():
-        return missing(f"there is no group {place.group} in the mount at {place.mountpoint}")
+        return no_group(place)
     if place.lu is not None:
-        return missing(f"there is no clone {place.lu} in the group {place.group}")
+        return no_clone(place)
     return missing(f"the control directory {place.control} is incomplete")
 
 

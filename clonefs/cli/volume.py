@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from clonefs.cli.arguments import path as path_type
+from clonefs.cli import arguments
 
 
 @click.command("format")
-@click.argument("meta", type=path_type)
+@click.argument("meta", type=arguments.file)
 @click.option("--size", metavar="SIZE", help="Its size: 64M for a file, or all of a block device.")
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
 def format_(meta: Path, size: str | None, force: bool) -> None:

@@ -103,7 +103,7 @@ def _time_left_s(clone: tree.Place, view: View, deadline: float | None) -> float
         raise ClonefsError(
             errno.ETIMEDOUT,
             f"{clone} is still {view.state}, {view.done} of {view.total} extents copied: "
-            "the time is up",
+            "the time is up: wait longer",
         )
     return left_s
 

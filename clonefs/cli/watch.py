@@ -24,7 +24,6 @@ from clonefs.cli import tree
 from clonefs.cli.changes import looked_at
 from clonefs.cli.speed import WINDOW_S, Copy, Speeds
 from clonefs.cli.terminal import Screen, bytes_text, printable
-from clonefs.errors import missing
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,12 +71,12 @@ def _groups(place: tree.Place, report: dict[str, Any]) -> dict[str, Any]:
     if place.group is None:
         return groups
     if place.group not in groups:
-        raise missing(f"there is no group {place.group} in the mount at {place.mountpoint}")
+        raise tree.no_group(place)
     group = groups[place.group]
     if place.lu is None or place.lu == tree.SOURCE:
         return {place.group: group}
     if place.lu not in group["clones"]:
-        raise missing(f"there is no clone {place.lu} in the group {place.group}")
+        raise tree.no_clone(place)
     return {place.group: group | {"clones": {place.lu: group["clones"][place.lu]}}}
 
 

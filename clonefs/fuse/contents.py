@@ -89,7 +89,7 @@ async def snapshot(bits: bitarray) -> bitarray:
         return bits.copy()
     pages = mmap.mmap(-1, bits.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     await trio.to_thread.run_sync(_populate, pages)
-    copy = bitarray(buffer=pages, endian=bits.endian)
+    copy = bitarray(buffer=pages, endian="little")
     copy[: len(bits)] = bits
     return copy
 

@@ -8,6 +8,26 @@ from clonefs.errors import ClonefsError, invalid
 _KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
 _IGNORED = frozenset({"", "defaults", "suid", "dev", "exec", "atime", "async"})
 
+EXPLAINED = {
+    "uid=": "Who owns every file; who mounts, if not given.",
+    "gid=": "The group of every file; that of who mounts, if not given.",
+    "umask=": "Octal: permissions to take away from 0666 for files and 0555 for directories; 077 if "
+    "not given.",
+    "allow_other": "Let others than who mounts look at the tree at all; modes decide what they may do.",
+    "ro": "Change nothing on disk, neither the volume nor a backing.",
+    "rw": "The opposite, as it is if neither is given.",
+    "cached": "Let the kernel cache pages of Sources, so that shared mappings of them work; slower "
+    "otherwise.",
+    "nopoll": "Never ask whether a file is ready: faster where programs use io_uring on LU files, but "
+    "poll(2) and select do not wait for changes of control files.",
+    "poll": "The opposite, as it is if neither is given.",
+    "nosuid": "No set-user-ID bits; set in any case.",
+    "nodev": "No device files; set in any case.",
+    "noexec": "Nothing can be executed.",
+    "noatime": "As for other file systems.",
+}
+"""Every option that does something, with its `=` if it has a value; for help and for shells."""
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
@@ -63,6 +83,6 @@ def _number(option: str, value: str, base: int) -> int:
 
 
 def _unknown(option: str) -> ClonefsError:
-    ours = ["cached", "gid=", "nopoll", "poll", "ro", "rw", "uid=", "umask="]
-    known = ", ".join(sorted([*_KERNEL, *ours]))
-    return invalid(f"mount option {option!r} is not known: there are {known}")
+    return invalid(
+        f"mount option {option!r} is not known: there are {', '.join(sorted(EXPLAINED))}"
+    )

@@ -361,7 +361,8 @@ def open_backing(
             raise _refused(path, error) from error
         if size is not None and held < size:
             raise invalid(
-                f"{path} has {format_size(held)}, but at least {format_size(size)} are needed"
+                f"{path} has {format_size(held)}, but at least {format_size(size)} are needed: "
+                "make it larger"
             )
         if size is None and (held == 0 or held % SECTOR):
             raise invalid(f"{path} has {held} bytes, which is not a positive multiple of {SECTOR}")

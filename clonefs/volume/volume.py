@@ -478,7 +478,9 @@ def _open_volume(path: Path, flags: int) -> int:
 def _refused(path: Path, error: OSError) -> ClonefsError:
     match error.errno:
         case errno.ENOENT:
-            return missing(f"{path} does not exist")
+            if not path.absolute().parent.exists():
+                return missing(f"there is no directory {path.parent}: make it first")
+            return missing(f"{path} does not exist: clonefs format makes a volume")
         case errno.EBUSY:
             return busy(f"{path} is in use: it is mounted, or part of another device")
         case errno.ENOSPC:

@@ -1,13 +1,15 @@
 """The commands for people, on real mounts: maps drawn, status watched, waits that poll wakes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.mounts.mount import EXTENT, MiB, Mount, noise, run, wait_for, write
+from tests.mounts.mount import DEADLINE_S, EXTENT, MiB, Mount, noise, run, wait_for, write
 from tests.terminal import CLONEFS, on_terminal
 
 
@@ -148,3 +150,30 @@ def test_a_pipe_gets_lines_of_a_sync(shared: Mount) -> None:
         finally:
             process.kill()
     assert clone.state == "synchronized"
+
+
+def paths_after(typed: str) -> str:
+    """What a shell is told that `clonefs wait` with this, and a Tab, may become."""
+    done = subprocess.run(
+        CLONEFS,
+        env=os.environ
+        | {"_CLONEFS_COMPLETE": "fish_complete", "CLONEFS_WORDS": "clonefs\nwait"}
+        | {"CLONEFS_WORD": typed},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_completion_waits_for_no_mount_that_hangs(mount: Mount) -> None:
+    clone = mount.add_group(1 * MiB).add_fractured()
+    typed = f"{mount.mountpoint}/"
+    mount.signal(signal.SIGSTOP)
+    try:
+        assert paths_after(typed) == f"file\t{typed}\t\n"
+    finally:
+        mount.signal(signal.SIGCONT)
+    assert paths_after(typed) == f"path\t{clone.path}\tfractured\n"

@@ -3,6 +3,7 @@ and engines do meanwhile."""
 
 import contextlib
 import errno
+import json
 import os
 import re
 import signal
@@ -403,6 +404,14 @@ def test_the_command_prints_each_run_and_its_exit_status_tells(shared: Mount) ->
     ]
     assert len(complaint.splitlines()) == 1
     assert "3 extents differ from the Source" in complaint
+    process = clonefs("verify", "--json", clone.path)
+    output, complaint = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, len(complaint.splitlines())) == (1, 1)
+    verification = clone.status()["verify"]
+    assert json.loads(output) == {"clone": f"{group.name}/{clone.name}"} | verification | {
+        "extent_size": EXTENT
+    }
+    assert verification["differences"] == "3,10-11"
 
 
 def test_the_command_that_is_interrupted_stops_it(shared: Mount) -> None:
