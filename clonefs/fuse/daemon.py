@@ -18,12 +18,14 @@ import trio
 
 from clonefs.engines import ReadOnlySystem, Recorder, StorageSystem
 from clonefs.errors import ClonefsError, busy, failed
+from clonefs.fuse.complaints import Complaints
 from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
 from clonefs.fuse.render import timestamp
 from clonefs.fuse.tree import SOURCE, Tree
 from clonefs.fuse.watch import Watch
+from clonefs.logs import set_level
 from clonefs.units import LogicalUnit, file_under, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
@@ -41,6 +43,7 @@ def serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], Non
     Raises ClonefsError for whatever keeps it from mounting, or from closing cleanly.
     """
     parsed = parse_options(options, uid=os.getuid(), gid=os.getgid())
+    set_level(parsed.log)
     volume = open_volume(meta.absolute(), read_only=parsed.read_only)
     daemon = Daemon(volume, mountpoint.absolute(), parsed, on_ready)
     try:
@@ -73,6 +76,7 @@ class Daemon:
         self._device: int | None = None
         self._stale: set[tuple[str, str]] = set()
         self._stale_event = trio.Event()
+        self._complaints = Complaints()
         kind = ReadOnlySystem if volume.read_only else StorageSystem
         self._system = kind(
             Recorder(volume),
@@ -81,6 +85,7 @@ class Daemon:
             wall_clock=time.time,
             on_event=self._event,
             on_change=self._changed,
+            on_error=self._complaints.complain,
         )
         self._watch = Watch()
         self._control = Control(self._system, self._in_use)
@@ -93,6 +98,7 @@ class Daemon:
         """Serve, and close whatever happens."""
         async with trio.open_nursery() as nursery:
             try:
+                nursery.start_soon(self._complaints.run)
                 await self._system.start(nursery)
                 async with self._mounted():
                     nursery.start_soon(self._end_on_signals)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from clonefs.errors import ClonefsError, invalid
+from clonefs.logs import LEVELS
 
 # Taken by the kernel as for every file system, so passed on as they are.
 _KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
@@ -12,14 +13,15 @@ _IGNORED = frozenset({"", "defaults", "suid", "dev", "exec", "atime", "async"})
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """`uid` and `gid` own every file; `umask` takes permissions away; `cached` lets the kernel keep
-    pages of Sources (docs/decisions/kernel-cache.md); `read_only` changes nothing on disk; `kernel`
-    is passed on."""
+    pages of Sources (docs/decisions/kernel-cache.md); `read_only` changes nothing on disk; `log` is
+    the level of the log; `kernel` is passed on."""
 
     uid: int
     gid: int
     umask: int = 0o077
     cached: bool = False
     read_only: bool = False
+    log: str = "info"
     kernel: frozenset[str] = frozenset()
 
 
@@ -39,6 +41,8 @@ def parse_options(text: str, *, uid: int, gid: int) -> MountOptions:
                 options = replace(options, cached=True)
             case "ro" | "rw" if not equals:
                 options = replace(options, read_only=name == "ro")
+            case "log" if equals:
+                options = replace(options, log=_level(option, value))
             case _ if name in _KERNEL and not equals:
                 options = replace(options, kernel=options.kernel | {name})
             case _ if name in _IGNORED and not equals:
@@ -58,6 +62,12 @@ def _number(option: str, value: str, base: int) -> int:
     return number
 
 
+def _level(option: str, value: str) -> str:
+    if value not in LEVELS:
+        raise invalid(f"mount option {option!r} has no level: there are {', '.join(LEVELS)}")
+    return value
+
+
 def _unknown(option: str) -> ClonefsError:
-    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "ro", "rw", "uid=", "umask="]))
+    known = ", ".join(sorted([*_KERNEL, "cached", "gid=", "log=", "ro", "rw", "uid=", "umask="]))
     return invalid(f"mount option {option!r} is not known: there are {known}")
