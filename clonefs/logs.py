@@ -148,6 +148,7 @@ class StandardErrorHandler(LossyHandler):
     def __init__(self, *, for_service_manager: bool) -> None:
         super().__init__()
         self._numbered = for_service_manager
+        self._descriptor = _without_waiting()
         self.setFormatter(logging.Formatter(None if for_service_manager else _LINE))
 
     def _sent(self, record: logging.LogRecord) -> bool:
@@ -157,10 +158,21 @@ class StandardErrorHandler(LossyHandler):
             text = "\n".join(f"<{number}>{line}" for line in text.splitlines())
         data = os.fsencode(f"{text}\n")
         while data:
-            if not _has_room(_STDERR):
+            if not _has_room(self._descriptor):
                 return False
-            data = data[os.write(_STDERR, data[:_AT_ONCE]) :]
+            data = data[os.write(self._descriptor, data[:_AT_ONCE]) :]
         return True
+
+
+def _without_waiting() -> int:
+    """A descriptor of standard error whose writes do not wait. Of a pipe it is the one that there is:
+    what fits into it is known before. A terminal must be opened anew, since how the shell and
+    others have it open is not ours to change; a file takes everything."""
+    if os.isatty(_STDERR):
+        with contextlib.suppress(OSError):  # a terminal of another user
+            flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+            return os.open(f"/proc/self/fd/{_STDERR}", flags)
+    return _STDERR
 
 
 def _has_room(descriptor: int) -> bool:

@@ -64,11 +64,8 @@ class Complaints:
             if silence.more:
                 group, lu = place
                 seconds = now - silence.since
-                _say(
-                    group,
-                    f"{group}/{lu}: and {silence.more} more in the last {seconds:.0f} s, the last "
-                    f"of them: {silence.last}",
-                )
+                told = f"(one of {silence.more} more in the last {seconds:.0f} s)"
+                _say(group, f"{group}/{lu}: {silence.last} {told}")
                 self._silences[place] = _Silence(now)
 
 

@@ -27,6 +27,7 @@ class Control:
 
     system: StorageSystem
     in_use: Callable[[str, str], bool]
+    mountpoint: str
     errors: dict[tuple[str, ...], str] = field(default_factory=dict)
     events: EventLog = field(default_factory=EventLog)
     changed: dict[tuple[str, ...], float] = field(default_factory=dict)
@@ -161,7 +162,9 @@ def _status_json(control: Control, where: Where) -> str:
 
 
 async def _metrics(control: Control) -> Callable[[], Iterator[bytes]]:
-    mount = metrics.MountMetrics(control.system, control.started, dict(control.commands))
+    mount = metrics.MountMetrics(
+        control.system, control.mountpoint, control.started, dict(control.commands)
+    )
     return await metrics.snapshot(mount)
 
 

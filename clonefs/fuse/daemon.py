@@ -88,7 +88,7 @@ class Daemon:
             on_error=self._complaints.complain,
         )
         self._watch = Watch()
-        self._control = Control(self._system, self._in_use)
+        self._control = Control(self._system, self._in_use, str(mountpoint))
         self._tree = Tree(self._system, self._control, options, time.time_ns())
         self._operations = Operations(
             self._tree, self._control, options, self._opened_with_truncation, self._watch

@@ -39,10 +39,12 @@ Of = TypeVar("Of")
 
 @dataclass(frozen=True, slots=True)
 class MountMetrics:
-    """What is neither of a group nor of a clone. `started` is seconds since the epoch, `commands` how
-    many were `done` and `refused`."""
+    """What is neither of a group nor of a clone. `mountpoint` becomes a label of every sample, so that
+    those of several mounts can stand in one collection; `started` is seconds since the epoch,
+    `commands` how many were `done` and `refused`."""
 
     system: StorageSystem
+    mountpoint: str
     started: float
     commands: Mapping[str, int]
 
@@ -534,34 +536,34 @@ async def snapshot(mount: MountMetrics) -> Callable[[], Iterator[bytes]]:
     """What gives the text, in pieces, of what is now. Each group is seen at one instant, and other
     requests go on between two of them."""
     system = mount.system
-    head = b"".join(_piece(metric, metric.samples(mount), first=True) for metric in MOUNT)
+    where = _label("mountpoint", mount.mountpoint)
+    head = b"".join(_piece(metric, where, metric.samples(mount), first=True) for metric in MOUNT)
     groups: list[GroupMetrics] = []
     for name in sorted(system.servers):
         await trio.lowlevel.checkpoint()
         if name in system.servers:
             groups.append(metrics(system.servers[name], system.transfers, time.monotonic()))
-    return functools.partial(_pieces, head, groups)
+    return functools.partial(_pieces, head, where, groups)
 
 
-def _pieces(head: bytes, groups: Iterable[GroupMetrics]) -> Iterator[bytes]:
+def _pieces(head: bytes, where: str, groups: Iterable[GroupMetrics]) -> Iterator[bytes]:
     """The text; a piece is at most the samples that a metric has of one group."""
     yield head
     for each in GROUPS:
         first = True
         for group in groups:
-            piece = _piece(each, each.samples(group), first=first)
+            piece = _piece(each, where, each.samples(group), first=first)
             if piece:
                 first = False
                 yield piece
 
 
-def _piece(metric: "Metric[Of]", samples: Samples, *, first: bool) -> bytes:
-    """The lines of the samples, below those about the metric if they are its first."""
+def _piece(metric: "Metric[Of]", where: str, samples: Samples, *, first: bool) -> bytes:
+    """The lines of the samples, which have the label `where`, below those about the metric if they are
+    its first."""
     lines: list[str] = []
     for values, value in samples:
-        labels = [
-            f'{name}="{_escaped(text)}"' for name, text in zip(metric.labels, values, strict=True)
-        ]
+        labels = [where, *map(_label, metric.labels, values)]
         if isinstance(value, TallyStatistics):
             lines += _histogram(metric.name, labels, value)
         else:
@@ -591,13 +593,14 @@ def _histogram(name: str, labels: list[str], tally: TallyStatistics) -> Iterator
 
 
 def _braced(labels: list[str]) -> str:
-    return f"{{{','.join(labels)}}}" if labels else ""
+    return f"{{{','.join(labels)}}}"
 
 
-def _escaped(text: str) -> str:
-    """The value of a label, which must be UTF-8: bytes of a path that are no text are replaced."""
-    text = text.encode(errors="surrogateescape").decode(errors="replace")
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def _label(name: str, value: str) -> str:
+    """A label. It must be UTF-8: bytes of a path that are no text are replaced."""
+    text = value.encode(errors="surrogateescape").decode(errors="replace")
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'{name}="{escaped}"'
 
 
 def _number(value: int | float) -> str:
