@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import trio
+
+from tests.bench import counting
 from tests.bench.stage import (
     EXTENT,
     GiB,
@@ -601,6 +604,57 @@ def sync(work: Path, options: Options) -> str:
 
 # The command
 
+# 8: what the metrics cost
+
+
+COUNTED = [cell for cell in CELLS if "direct" in cell.title and "4 KiB" in cell.title]
+
+
+def count(work: Path, options: Options) -> str:
+    """Requests with the lines that count them, and without."""
+    rows: list[tuple[object, ...]] = [("", "without", "with: times that")]
+    for request, times in trio.run(counting.in_process, work).items():
+        in_process = Samples(times)
+        name = f"{request} in one process, µs"
+        rows.append((name, f"{in_process.median('without') / 1e3:.2f}", _quartiles(times)))
+    rates, costs = _count_mounted(work, options)
+    for cell in COUNTED:
+        for what, unit, samples in (("requests/s", 1.0, rates), ("processor time, µs", 1e6, costs)):
+            of_cell = samples[cell]
+            without = f"{unit * of_cell.median('without'):,.{0 if unit == 1.0 else 1}f}"
+            rows.append((f"{cell.title}, {what}", without, of_cell.ratio("with", "without")))
+    return table(*rows)
+
+
+def _quartiles(times: dict[str, list[float]]) -> str:
+    """The median of the batches' ratios, and the quartiles: a batch is short, and many are disturbed."""
+    pairs = zip(times["with"], times["without"], strict=True)
+    low, middle, high = statistics.quantiles([one / other for one, other in pairs], n=4)
+    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
+
+
+def _count_mounted(work: Path, options: Options) -> tuple[dict[Cell, Samples], dict[Cell, Samples]]:
+    """Requests a second, and seconds of processor time for a request, by what fio does."""
+    rates = {cell: Samples() for cell in COUNTED}
+    costs = {cell: Samples() for cell in COUNTED}
+    mount = Mount(work)
+    with mount.served(counting.PROGRAM) as daemon:
+        mount.add_group("group", IO_SIZE)
+        lu, metrics = mount.lu("group"), mount.mountpoint / "control/metrics"
+        fill(lu, IO_SIZE)
+        for number in range(options.rounds):
+            for cell in COUNTED:
+                for name in rotated(list(counting.SIGNALS), number):
+                    counting.tell(daemon.pid, name, metrics, lu)
+                    before = counting.processor_time(daemon.pid)
+                    rate = fio(lu, cell, options.seconds, raw=False)
+                    spent = counting.processor_time(daemon.pid) - before
+                    rates[cell].add(name, rate)
+                    costs[cell].add(name, spent / (rate * options.seconds))
+                    flush(mount.backing("group"))
+    return rates, costs
+
+
 BENCHES: dict[str, Callable[[Path, Options], str]] = {
     "restore": restore,
     "first-read": first_read,
@@ -610,6 +664,7 @@ BENCHES: dict[str, Callable[[Path, Options], str]] = {
     "io": host_io,
     "memory": memory,
     "sync": sync,
+    "counting": count,
 }
 
 

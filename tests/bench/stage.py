@@ -82,9 +82,11 @@ class Mount:
         format_volume(self.meta, size=None, force=False)
 
     @contextlib.contextmanager
-    def served(self) -> Iterator["subprocess.Popen[bytes]"]:
+    def served(
+        self, program: tuple[str, ...] = ("-m", "clonefs")
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         """Mount, and unmount cleanly."""
-        command = (sys.executable, "-m", "clonefs", "mount", "-f")
+        command = (sys.executable, *program, "mount", "-f")
         with running(self.work, *command, self.meta, self.mountpoint) as daemon:
             wait_for((self.mountpoint / "control/status").exists, "the mount")
             yield daemon
