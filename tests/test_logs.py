@@ -1,9 +1,11 @@
 """The log: what journald, syslog and standard error get, and that nobody ever waits for them."""
 
+import contextlib
 import itertools
 import logging
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from trio.testing import MockClock
 
 from clonefs import logs
 from clonefs.fuse.complaints import PERIOD, Complaints
+from tests.machine import Machine
 
 MOUNTPOINT = Path("/srv/clone fs")
 
@@ -366,3 +369,111 @@ async def test_a_device_that_fails_all_the_time_gets_a_line_in_30_s(
         nursery.cancel_scope.cancel()
     counted = [int(line.split("one of ")[1].split()[0]) for line in said if " more in " in line]
     assert sum(counted) + 1 == 10000
+
+
+# The log of a daemon
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    machine = Machine(tmp_path)
+    try:
+        machine.install()
+        yield machine
+    finally:
+        machine.close()
+
+
+def taken(journal: socket.socket) -> list[dict[str, str]]:
+    """What has come so far."""
+    found = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            found.append(fields(journal.recv(1 << 16)))
+    return found
+
+
+def lifetime(machine: Machine, options: str) -> list[str]:
+    """Mount, let states change, and unmount; the lines of `events` without their times."""
+    machine.run("mount", "-t", "clonefs", "-o", options, machine.meta, machine.mountpoint)
+    machine.add_group()
+    machine.add_clone()
+    control = machine.tree() / "control"
+    with pytest.raises(OSError):
+        (control / "payroll/nightly/protected_restore").write_text("1")
+    (control / "payroll/nightly/fracture").write_text("1")
+    for _ in range(20):
+        (machine.tree() / "payroll/source").write_bytes(bytes(4096))
+    events = (control / "events").read_text().splitlines()
+    machine.run("umount", machine.mountpoint)
+    return [line.partition(" ")[2] for line in events]
+
+
+def test_the_journal_of_a_daemon_has_one_line_for_each_event(machine: Machine) -> None:
+    with listening(machine.path("/run/systemd/journal/socket")) as journal:
+        events = lifetime(machine, "log=info")
+        lines = taken(journal)
+    assert events == [
+        "payroll added",
+        "payroll/nightly added: synchronizing",
+        "payroll/nightly synchronizing -> synchronized",
+        "payroll/nightly synchronized -> fractured",
+    ]
+    mounted, *changes = [line["MESSAGE"] for line in lines]
+    assert mounted == f"{machine.meta} is mounted on {machine.mountpoint}"
+    assert changes == events
+    assert {line["CLONEFS_MOUNTPOINT"] for line in lines} == {str(machine.mountpoint)}
+    assert [line.get("CLONEFS_GROUP") for line in lines] == [None] + ["payroll"] * 4
+    assert len({line["SYSLOG_PID"] for line in lines}) == 1
+    assert {line["PRIORITY"] for line in lines} == {"6"}
+
+
+def test_debug_has_refusals_and_nothing_of_requests(machine: Machine) -> None:
+    with listening(machine.path("/run/systemd/journal/socket")) as journal:
+        events = lifetime(machine, "log=debug")
+        lines = [line["MESSAGE"] for line in taken(journal) if line["PRIORITY"] == "7"]
+    assert len(events) == 4
+    (refused,) = [line for line in lines if "refused" in line]
+    assert refused.startswith("control/payroll/nightly: refused: ")
+    assert len(lines) < 5
+
+
+def test_warning_leaves_out_what_is_in_order(machine: Machine) -> None:
+    with listening(machine.path("/run/systemd/journal/socket")) as journal:
+        lifetime(machine, "log=warning")
+        assert taken(journal) == []
+
+
+def test_a_journal_that_stands_still_holds_no_host_up(machine: Machine) -> None:
+    """Nobody reads from the socket, and more comes than it has room for."""
+    with listening(machine.path("/run/systemd/journal/socket")) as journal:
+        machine.run("mount", "-t", "clonefs", "-o", "log=debug", machine.meta, machine.mountpoint)
+        machine.add_group()
+        control = machine.tree() / "control"
+        lost = re.compile(r"^clonefs_log_lines_dropped_total{.*} ([0-9]+)$", re.MULTILINE)
+
+        def dropped() -> int:
+            found = lost.search((control / "metrics").read_text())
+            assert found is not None
+            return int(found[1])
+
+        while not dropped():
+            for _ in range(100):
+                with pytest.raises(OSError):
+                    (control / "remove_group").write_text("none")
+        (machine.tree() / "payroll/source").write_bytes(bytes(4096))
+        before = dropped()
+        taken(journal)
+        (control / "remove_group").write_text("payroll")
+        told = [line["MESSAGE"] for line in taken(journal)]
+        assert told == [
+            f"{before} lines of the log were lost: nobody took them in time",
+            "payroll removed",
+        ]
+        machine.run("umount", machine.mountpoint)
+
+
+def test_an_unknown_level_is_refused(machine: Machine) -> None:
+    options = ("-o", "log=loud", machine.meta, machine.mountpoint)
+    said = machine.refusal("mount", "-t", "clonefs", *options)
+    assert "'log=loud' has no level: there are debug, info, warning, error" in said
