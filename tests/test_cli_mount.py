@@ -213,6 +213,13 @@ def test_the_daemon_gets_absolute_paths_and_joined_options(
     assert daemon.served == [(tmp_path / "meta", tmp_path / "mnt", "a,b,c=d")]
 
 
+def test_the_level_of_the_log_is_a_mount_option(tmp_path: Path, daemon: Daemon) -> None:
+    level = ("--log-level", "error")
+    assert run("mount", "-f", "-o", "allow_other", *level, "meta", tmp_path).exit_code == 0
+    assert daemon.served[0][2] == "allow_other,log=error"
+    assert run("mount", "-f", "--log-level", "loud", "meta", tmp_path).exit_code == 2
+
+
 def test_a_daemon_that_refuses_is_the_commands_refusal(tmp_path: Path, daemon: Daemon) -> None:
     daemon.error = busy("the volume meta is mounted already")
     assert refusal(run("mount", "-f", "meta", tmp_path)) == "the volume meta is mounted already"
