@@ -248,3 +248,16 @@ def test_a_file_for_node_exporter_is_there_whole(mount: Mount, busy: Group, tmp_
     before = (tmp_path / "clonefs.prom").read_bytes()
     assert subprocess.run(["sh", "-c", broken], check=False, capture_output=True).returncode != 0
     assert (tmp_path / "clonefs.prom").read_bytes() == before
+
+
+def test_the_script_for_socat_answers_in_http(mount: Mount, busy: Group, tmp_path: Path) -> None:
+    script = tmp_path / "clonefs-metrics"
+    script.write_text(command(1, mount, tmp_path))
+    script.chmod(0o700)
+    answer = subprocess.run([script], check=True, capture_output=True, timeout=60).stdout
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.splitlines() == [
+        b"HTTP/1.0 200 OK",
+        b"Content-Type: text/plain; version=0.0.4",
+    ]
+    assert set(parsed(body)) == set(documented())
