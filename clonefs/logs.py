@@ -39,6 +39,12 @@ class LossyHandler(logging.Handler):
         self._untold = 0  # of these, how many nobody has been told of
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(record)
+        except Exception:  # what is logged may be no text; who logs has other things to do
+            self.handleError(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
         if self._untold:
             told = f"{self._untold} lines of the log were lost: nobody took them in time"
             about = logging.LogRecord(IDENTIFIER, logging.WARNING, "", 0, told, None, None)
@@ -157,10 +163,13 @@ class StandardErrorHandler(LossyHandler):
             number = severity(record.levelno)
             text = "\n".join(f"<{number}>{line}" for line in text.splitlines())
         data = os.fsencode(f"{text}\n")
-        while data:
-            if not _has_room(self._descriptor):
-                return False
-            data = data[os.write(self._descriptor, data[:_AT_ONCE]) :]
+        try:
+            while data:
+                if not _has_room(self._descriptor):
+                    return False
+                data = data[os.write(self._descriptor, data[:_AT_ONCE]) :]
+        except OSError:  # the terminal, or who read, has gone
+            return False
         return True
 
 

@@ -165,7 +165,7 @@ def test_host_io_has_a_table_of_its_own() -> None:
     assert narrow[2:4] == ["HOST I/O READ WRITTEN", "payroll/source 75.0M/s 2.0M/s"]
 
 
-@pytest.mark.parametrize("lines", range(8, 60, 3))
+@pytest.mark.parametrize("lines", [8, 11, 24, 50])
 @pytest.mark.parametrize(("copies", "hosts"), [(0, 1), (1, 40), (40, 1), (40, 40), (3, 3)])
 def test_nothing_is_higher_than_the_terminal(copies: int, hosts: int, lines: int) -> None:
     shown = frame(*[COPY] * copies, columns=100, lines=lines, hosts=(HOST,) * hosts)

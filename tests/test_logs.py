@@ -283,6 +283,38 @@ def test_a_pipe_that_nobody_reads_does_not_hold_it_up() -> None:
     assert done.stdout == b"dropped\n"
 
 
+def test_who_reads_standard_error_may_go_away() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", STALLED],
+            stdout=subprocess.PIPE,
+            stderr=write_end,
+            timeout=60,
+            check=True,
+        )
+    finally:
+        os.close(write_end)
+    assert done.stdout == b"dropped\n"
+
+
+def test_what_cannot_be_written_down_hurts_nobody(tmp_path: Path) -> None:
+    with (
+        listening(tmp_path / "log") as syslog,
+        closing(logs.SyslogHandler(tmp_path / "log")) as handler,
+    ):
+        broken = record("")
+        broken.msg, broken.args = "%d", ("no number",)
+        before, logging.raiseExceptions = logging.raiseExceptions, False
+        try:
+            handler.handle(broken)
+        finally:
+            logging.raiseExceptions = before
+        handler.handle(record("the next one"))
+        assert syslog.recv(1000).endswith(b"the next one")
+
+
 def test_a_terminal_that_stands_still_does_not_hold_it_up() -> None:
     master, slave = pty.openpty()
     try:

@@ -376,7 +376,7 @@ class StorageSystem:
                 )
             elif was is not clone.state:
                 line = f"{after.name}/{clone.name} {was} -> {clone.state}"
-                if clone.split_by is SplitBy.SYSTEM and clone.state is CloneState.OUT_OF_SYNC:
+                if clone.state is CloneState.OUT_OF_SYNC and clone.reason is not None:
                     reason = f": it is split off: {clone.reason}"
                     self._event(line, after.name, clone.name, level=logging.ERROR, reason=reason)
                 else:
