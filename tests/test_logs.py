@@ -20,6 +20,7 @@ from trio.testing import MockClock
 from clonefs import logs
 from clonefs.fuse.complaints import PERIOD, Complaints
 from tests.machine import Machine
+from tests.mounts.mount import write
 
 MOUNTPOINT = Path("/srv/clone fs")
 
@@ -494,7 +495,7 @@ def test_a_journal_that_stands_still_holds_no_host_up(machine: Machine) -> None:
             for _ in range(100):
                 with pytest.raises(OSError):
                     (control / "remove_group").write_text("none")
-        (machine.tree() / "payroll/source").write_bytes(bytes(4096))
+        write(machine.tree() / "payroll/source", 0, bytes(4096))  # O_TRUNC has a line of its own
         before = dropped()
         taken(journal)
         (control / "remove_group").write_text("payroll")
