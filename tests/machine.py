@@ -33,8 +33,9 @@ for directory in $(realpath /sbin) /usr/local /etc; do
     mkdir "$name" "$name.work"
     mount -t overlay -o lowerdir="$directory",upperdir="$name",workdir="$name.work" overlay "$directory"
 done
-mkdir -p /run/mount /run/clonefs-loop
+mkdir -p /run/mount /run/clonefs-loop /run/systemd/journal
 mount -t tmpfs tmpfs /run/mount
+mount -t tmpfs tmpfs /run/systemd/journal
 mount -t tmpfs tmpfs /run/clonefs-loop
 mount -t tmpfs -o mode=1777 tmpfs /mnt
 : > /etc/fstab

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import select
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from types import ModuleType
 import pytest
 
 import clonefs.volume
+from clonefs import logs
 from clonefs.cli import background, kernel
 from clonefs.errors import busy, failed
 from tests.test_cli_support import make_mount, put, refusal, run
@@ -54,7 +54,7 @@ def in_background(job: str) -> subprocess.CompletedProcess[str]:
         "from clonefs.errors import busy\n"
         "def job(on_ready):\n" + textwrap.indent(textwrap.dedent(job), "    ") + "\n"
         "try:\n"
-        "    daemon = background.start(job)\n"
+        "    daemon = background.start(job, logging.NullHandler)\n"
         "except Exception as error:\n"
         "    print(repr(error))\n"
         "else:\n"
@@ -123,7 +123,7 @@ def test_the_daemon_lets_go_of_the_terminal_and_the_directory() -> None:
 
 def test_the_daemon_keeps_nothing_open_that_it_was_given(tmp_path: Path) -> None:
     script = (
-        "import os, sys\n"
+        "import logging, os, sys\n"
         "from clonefs.cli import background\n"
         "inherited = int(sys.argv[1])\n"
         "os.fstat(inherited)\n"
@@ -132,7 +132,7 @@ def test_the_daemon_keeps_nothing_open_that_it_was_given(tmp_path: Path) -> None
         "        os.fstat(inherited)\n"
         "    except OSError:\n"
         "        on_ready()\n"
-        "background.start(job)\n"
+        "background.start(job, logging.NullHandler)\n"
     )
     with (tmp_path / "lock").open("w") as lock:
         command = [sys.executable, "-c", script, str(lock.fileno())]
@@ -141,33 +141,20 @@ def test_the_daemon_keeps_nothing_open_that_it_was_given(tmp_path: Path) -> None
 
 def test_ctrl_c_while_the_daemon_starts_stops_the_daemon() -> None:
     script = (
-        "import os, signal\n"
+        "import logging, os, signal\n"
         "from clonefs.cli import background\n"
         "parent = os.getpid()\n"
         "def job(on_ready):\n"
         "    os.kill(parent, signal.SIGINT)\n"
         "    signal.pause()\n"
         "try:\n"
-        "    background.start(job)\n"
+        "    background.start(job, logging.NullHandler)\n"
         "except KeyboardInterrupt:\n"
         "    print(signal.Signals(os.wait()[1]).name)\n"
     )
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "SIGTERM\n"
-
-
-def test_syslog_gets_what_is_logged(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
-        syslog.bind(str(tmp_path / "log"))
-        handler = background.syslog_handler(tmp_path / "log")
-        handler.handle(background._log.makeRecord("clonefs", 30, "", 0, "the disk fails", (), None))
-        handler.close()
-        assert syslog.recv(1000) == f"<28>clonefs[{os.getpid()}]: the disk fails\0".encode()
-
-
-def test_without_syslog_nothing_is_logged(tmp_path: Path) -> None:
-    assert type(background.syslog_handler(tmp_path / "log")).__name__ == "NullHandler"
 
 
 # mount -----------------------------------------------------------------------------------------
@@ -195,7 +182,7 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> Daemon:
     module = ModuleType("clonefs.fuse.daemon")
     module.serve = fake.serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "clonefs.fuse.daemon", module)
-    monkeypatch.setattr(background, "log_to_terminal", lambda: None)
+    monkeypatch.setattr(logs, "begin", lambda handler: None)
     return fake
 
 
@@ -224,6 +211,13 @@ def test_the_daemon_gets_absolute_paths_and_joined_options(
     result = run("mount", "-f", "meta", "link", "-o", "a,b", "-o", "c=d", "-o", "")
     assert (result.exit_code, result.output) == (0, "")
     assert daemon.served == [(tmp_path / "meta", tmp_path / "mnt", "a,b,c=d")]
+
+
+def test_the_level_of_the_log_is_a_mount_option(tmp_path: Path, daemon: Daemon) -> None:
+    level = ("--log-level", "error")
+    assert run("mount", "-f", "-o", "allow_other", *level, "meta", tmp_path).exit_code == 0
+    assert daemon.served[0][2] == "allow_other,log=error"
+    assert run("mount", "-f", "--log-level", "loud", "meta", tmp_path).exit_code == 2
 
 
 def test_a_daemon_that_refuses_is_the_commands_refusal(tmp_path: Path, daemon: Daemon) -> None:
@@ -278,7 +272,7 @@ def test_mount_believes_the_tree_and_not_the_daemon(
 ) -> None:
     started = []
 
-    def start(job: background.Job) -> background.Daemon:
+    def start(job: background.Job, handler: object) -> background.Daemon:
         started.append(job)
         return background.Daemon(pid=-1)
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from clonefs.cli import tree, watch
-from clonefs.cli.speed import Copy, Speeds
+from clonefs.cli.speed import Copy, HostIo, HostSpeeds, Speeds
 from tests.terminal import CLONEFS, on_terminal
 from tests.test_cli_support import make_mount, put, refusal, run
 
@@ -113,10 +113,13 @@ COPY = Copy(
 )
 
 
-def frame(*copies: Copy, columns: int, lines: int = 20) -> list[str]:
+def frame(
+    *copies: Copy, columns: int, lines: int = 20, hosts: tuple[HostIo, ...] = ()
+) -> list[str]:
     console = Console(width=columns, height=lines, no_color=True, file=io.StringIO())
+    picture = watch.frame(tree.Place(Path("/mnt")), {}, [*copies], [*hosts], columns, lines)
     with console.capture() as capture:
-        console.print(watch.frame(tree.Place(Path("/mnt")), {}, [*copies], columns, lines))
+        console.print(picture)
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
@@ -126,14 +129,15 @@ def test_a_wide_terminal_shows_everything() -> None:
     assert " ".join(lines[2].split()[2:]) == (
         "99% restoring normal 999/1000 32.0 extents/s 2.0M/s 1:02:05 2.5/s, 3 waiting"
     )
-    assert "means of the last 10 s" in lines[3]
+    assert lines[3] == "no host reads or writes"
+    assert "means of the last 10 s" in lines[4]
 
 
 def test_a_narrow_terminal_loses_columns_in_their_order_and_never_wraps() -> None:
     seen = []
     for columns in range(160, 37, -1):
         lines = frame(COPY, columns=columns)
-        assert len(lines) == 4, columns
+        assert len(lines) == 5, columns
         heads = lines[1].split()
         if heads not in seen:
             seen.append(heads)
@@ -145,7 +149,68 @@ def test_a_narrow_terminal_loses_columns_in_their_order_and_never_wraps() -> Non
 def test_a_low_terminal_says_how_many_copies_it_does_not_show() -> None:
     lines = frame(*[COPY] * 30, columns=160, lines=10)
     assert len(lines) <= 10
-    assert "and 25 more copies" in lines[-2]
+    assert "and 26 more copies" in lines[-3]
+
+
+HOST = HostIo("payroll/source", 1200.0, 75 * 2**20, 31.25, 2 * 2**20)
+
+
+def test_host_io_has_a_table_of_its_own() -> None:
+    lines = [" ".join(line.split()) for line in frame(COPY, columns=80, hosts=(HOST,))]
+    assert lines[3:5] == [
+        "HOST I/O READS READ WRITES WRITTEN",
+        "payroll/source 1200/s 75.0M/s 31.2/s 2.0M/s",
+    ]
+    narrow = [" ".join(line.split()) for line in frame(columns=45, hosts=(HOST,))]
+    assert narrow[2:4] == ["HOST I/O READ WRITTEN", "payroll/source 75.0M/s 2.0M/s"]
+
+
+@pytest.mark.parametrize("lines", [8, 11, 24, 50])
+@pytest.mark.parametrize(("copies", "hosts"), [(0, 1), (1, 40), (40, 1), (40, 40), (3, 3)])
+def test_nothing_is_higher_than_the_terminal(copies: int, hosts: int, lines: int) -> None:
+    shown = frame(*[COPY] * copies, columns=100, lines=lines, hosts=(HOST,) * hosts)
+    assert len(shown) <= lines
+    assert "q ends this" in shown[-1]
+    rows = [line.split()[0] for line in shown if "payroll/" in line]
+    assert rows.count("payroll/nightly") >= min(copies, 1)
+    assert rows.count("payroll/source") >= min(hosts, 1)
+
+
+# Host I/O
+
+
+def host_groups(*counts: int, clone: int = 0) -> dict[str, Any]:
+    names = ("reads", "read_bytes", "writes", "written_bytes")
+    io = dict(zip(names, counts, strict=True))
+    of_clone = CLONE | {"host_io": dict.fromkeys(names, clone)}
+    return {"payroll": {"host_io": io, "clones": {"nightly": of_clone}}}
+
+
+def host_io(*looks: tuple[float, dict[str, Any]]) -> list[HostIo]:
+    speeds = HostSpeeds()
+    for at_s, shown in looks:
+        hosts = speeds.see(shown, at_s)
+    return hosts
+
+
+def test_host_io_is_the_mean_of_the_last_10_s_of_who_was_used() -> None:
+    first = (0.0, host_groups(100, 5000, 7, 7))
+    assert host_io(first) == []
+    (host,) = host_io(first, (2.0, host_groups(104, 5800, 7, 7)))
+    assert host == HostIo("payroll/source", 2, 400, 0, 0)
+    looks = [(float(at), host_groups(min(at, 20), 0, 0, 0, clone=at)) for at in range(40)]
+    assert [host.name for host in host_io(*looks[:25])] == ["payroll/source", "payroll/nightly"]
+    assert [host.name for host in host_io(*looks)] == ["payroll/nightly"]
+
+
+def test_a_daemon_that_counts_anew_is_not_taken_for_negative_io() -> None:
+    looks = ((0.0, host_groups(9, 9, 9, 9)), (1.0, host_groups(3, 3, 3, 3)))
+    assert host_io(*looks) == []
+    assert host_io(*looks, (2.0, host_groups(4, 3, 3, 3)))[0].reads_s == 1
+
+
+def test_an_older_daemon_tells_nothing_of_hosts() -> None:
+    assert host_io((0.0, groups(0)), (1.0, groups(1))) == []
 
 
 def test_what_is_wrong_is_said() -> None:
@@ -207,6 +272,20 @@ def test_a_pipe_gets_a_line_for_each_look_and_each_change(
     assert said[1] == "payroll/weekly fractured normal"
     assert said[2].startswith("payroll/nightly synchronizing normal 600/1000 60%, ")
     assert said[3:] == ["payroll/nightly synchronized normal"]
+
+
+def test_a_pipe_gets_a_line_for_each_lu_that_hosts_use(
+    mnt: Path, lines_of: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = groups(1000, state="synchronized")
+    shown["payroll"] |= host_groups(0, 0, 0, 0)["payroll"]
+    report(mnt, shown)
+    clock = itertools.count(0.0, 2.0)
+    monkeypatch.setattr("clonefs.cli.watch.time.monotonic", lambda: next(clock))
+    used = shown | {"payroll": shown["payroll"] | host_groups(8, 4096, 1, 600)["payroll"]}
+    lines = lines_of(str(mnt), then=(used,))
+    said = [line.partition(" ")[2] for line in lines]
+    assert said[-1] == "payroll/source hosts: 4.0/s reads, 2.0K/s, 0.5/s writes, 300/s"
 
 
 def test_json_is_one_report_a_line(mnt: Path, lines_of: Callable[..., list[str]]) -> None:

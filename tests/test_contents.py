@@ -1,12 +1,13 @@
 """What an open control file shows: extent lists piece by piece, and the log of events."""
 
 import random
+from functools import partial
 
 import trio
 from bitarray import bitarray
 
 from clonefs.extents import ExtentMap, extent_list
-from clonefs.fuse.contents import EventLog, EventReader, ExtentList, snapshot
+from clonefs.fuse.contents import EventLog, EventReader, Pieces, cpulist, snapshot
 
 
 def some_map(seed: int, extents: int, share: float) -> bitarray:
@@ -25,7 +26,11 @@ def expected(bits: bitarray, extents: int) -> bytes:
     return f"{extent_list(ExtentMap(bits, extents))}\n".encode()
 
 
-async def read_all(text: ExtentList, size: int) -> bytes:
+def list_of(bits: bitarray, extents: int) -> Pieces:
+    return Pieces(partial(cpulist, bits, extents))
+
+
+async def read_all(text: Pieces, size: int) -> bytes:
     found = b""
     while piece := await text.read(len(found), size):
         assert len(piece) <= size
@@ -39,13 +44,13 @@ async def test_an_extent_list_is_the_same_in_pieces_of_any_size() -> None:
         bits = some_map(seed, extents, random.Random(seed).choice([0.0, 0.01, 0.5, 1.0]))
         for size in (1, 7, 4096, 1 << 20):
             if size > 1 or extents < 2000:
-                found = await read_all(ExtentList(bits, extents), size)
+                found = await read_all(list_of(bits, extents), size)
                 assert found == expected(bits, extents), (seed, size)
 
 
 async def test_an_extent_list_is_read_from_any_offset_and_by_several_at_once() -> None:
     bits = some_map(1, 50000, 0.5)
-    text, whole = ExtentList(bits, 50000), expected(bits, 50000)
+    text, whole = list_of(bits, 50000), expected(bits, 50000)
     rng = random.Random(2)
 
     async def look() -> None:
@@ -68,7 +73,7 @@ async def test_long_gaps_and_long_runs() -> None:
         (extents - 1, extents),
     ):
         bits[first:stop] = 1
-    found = await read_all(ExtentList(bits, extents), 1 << 16)
+    found = await read_all(list_of(bits, extents), 1 << 16)
     assert found == expected(bits, extents)
 
 
@@ -85,7 +90,7 @@ async def test_others_go_on_while_an_extent_list_is_written() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(count)
-        await ExtentList(bits, len(bits)).read(0, 1 << 20)
+        await list_of(bits, len(bits)).read(0, 1 << 20)
         nursery.cancel_scope.cancel()
     assert steps > 200
 

@@ -6,13 +6,19 @@ import struct
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.recovery import Recovery
-from clonefs.engines.statistics import CloneStatistics, GroupStatistics, RestoreStatistics
+from clonefs.engines.statistics import (
+    CloneStatistics,
+    GroupStatistics,
+    HostIo,
+    RestoreStatistics,
+)
 from clonefs.fuse import options, render
 from clonefs.fuse.control import CLONE, GROUP, TABLES, TOP, ControlFile
 from clonefs.group.transitions import TABLE, Command
@@ -141,6 +147,10 @@ def shape(value: object) -> object:
     return None
 
 
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
 def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
     example_volume: MetadataVolume,
 ) -> None:
@@ -158,10 +168,12 @@ def test_status_json_is_what_the_example_shows_and_every_field_is_explained(
                 done=clone["progress"]["done"],
                 total=clone["progress"]["total"],
                 fractured_at=0.0,
-                **{k: v for k, v in clone.items() if k not in ("progress", "fractured_at")},
+                host_io=HostIo(**clone["host_io"]),
+                **without(clone, "progress", "fractured_at", "host_io"),
             ),
         ),
-        **{k: v for k, v in group.items() if k not in ("restore", "clones", "copy")},
+        host_io=HostIo(**group["host_io"]),
+        **without(group, "restore", "clones", "copy", "host_io"),
     )
     recovery = Recovery(at=0.0, found="", damage=(), done=())
     shown = json.loads(render.status_json(example_volume, [statistics], recovery))

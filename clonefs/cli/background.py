@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from clonefs import logs
 from clonefs.errors import ClonefsError, failed
 
 Job = Callable[[Callable[[], None]], None]
 """Runs until it is done, and calls what it is given once it is ready."""
 
 _READY = b"ready"
-_SYSLOG = Path("/dev/log")
 _log = logging.getLogger("clonefs")
 
 
@@ -41,12 +41,15 @@ class Daemon:
         return f"the daemon ended with exit status {code}"
 
 
-def start(job: Job) -> Daemon:
-    """Run `job` in the background. Raises ClonefsError with the child's reason."""
+def start(job: Job, handler: Callable[[], logging.Handler]) -> Daemon:
+    """Run `job` in the background; `handler` makes what takes its log, in the child.
+
+    Raises ClonefsError with the child's reason.
+    """
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _child(job, _Report(write_end))
+        _child(job, _Report(write_end), handler)
     os.close(write_end)
     daemon = Daemon(pid)
     message = _receive(read_end, daemon)
@@ -98,14 +101,13 @@ class _Report:
         os.close(self.descriptor)
 
 
-def _child(job: Job, report: _Report) -> NoReturn:
+def _child(job: Job, report: _Report, handler: Callable[[], logging.Handler]) -> NoReturn:
     """Never returns: what the parent would do next is not the child's to do."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which tells us
         _leave_behind(keep=report.descriptor)
-        logging.raiseExceptions = False  # a log that nobody takes must not print on the terminal
-        logging.basicConfig(level=logging.INFO, handlers=[syslog_handler(_SYSLOG)])
+        logs.begin(handler())
         job(report.ready)
         status = 0
     except ClonefsError as error:
@@ -132,19 +134,3 @@ def _silence_standard_streams() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     os.close(null)
-
-
-def log_to_terminal() -> None:
-    """Log to standard error, for a daemon that stays in front."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-
-
-def syslog_handler(socket: Path) -> logging.Handler:
-    """A handler that logs to this socket, or nowhere if there is none."""
-    from logging.handlers import SysLogHandler
-
-    if not socket.exists():
-        return logging.NullHandler()
-    handler = SysLogHandler(str(socket), facility=SysLogHandler.LOG_DAEMON)
-    handler.setFormatter(logging.Formatter(f"clonefs[{os.getpid()}]: %(message)s"))
-    return handler

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from clonefs import logs
 from clonefs.cli import arguments, background, kernel, service_manager, tree
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing
 from clonefs.fuse.options import EXPLAINED
@@ -39,11 +40,19 @@ class _Mount(click.Command):
     help="Mount options, separated by commas.",
     shell_complete=arguments.mount_options,
 )
+@click.option("--log-level", type=click.Choice(list(logs.LEVELS)), help="The same as -o log=LEVEL.")
 @click.option("-f", "foreground", is_flag=True, help="Stay in front, and log to standard error.")
-def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bool) -> None:
+def mount(
+    meta: Path,
+    mountpoint: Path,
+    options: tuple[str, ...],
+    log_level: str | None,
+    foreground: bool,
+) -> None:
     """Mount the metadata volume META at the directory MOUNTPOINT.
 
-    It returns once the tree is there, and the daemon goes on in the background and logs to syslog.
+    It returns once the tree is there, and the daemon goes on in the background and logs to journald,
+    or to syslog.
     After a crash the mount recovers by itself. A mount that a killed daemon has left behind is
     taken away first.
 
@@ -54,12 +63,13 @@ def mount(meta: Path, mountpoint: Path, options: tuple[str, ...], foreground: bo
     """
     where = Path(os.path.realpath(mountpoint))
     _prepare(where)
-    job = partial(_serve, meta.absolute(), where, ",".join(filter(None, options)))
+    level = f"log={log_level}" if log_level else ""
+    job = partial(_serve, meta.absolute(), where, ",".join(filter(None, (*options, level))))
     if foreground:
-        background.log_to_terminal()
+        logs.begin(logs.in_front(where))
         job(partial(service_manager.ready, f"{meta} is mounted on {where}"))
     else:
-        _check_tree(where, background.start(job))
+        _check_tree(where, background.start(job, partial(logs.in_background, where)))
         if not kernel.note_for_umount(meta.absolute(), where):
             click.echo(f"clonefs: umount {where} will not wait; clonefs umount does", err=True)
 

@@ -1,4 +1,4 @@
-"""How fast copies run, and when they will be done, from one report after another.
+"""How fast copies run and when they will be done, and what hosts do, from one report after another.
 
 It has no clock and no files: reports and the time of each go in, `Copy` comes out. Speed is the mean
 over the last `WINDOW_S` seconds, or over as much as has been seen: long enough for a number that can
@@ -95,6 +95,59 @@ class Speeds:
         while len(samples) > 2 and samples[1].at_s <= sample.at_s - WINDOW_S:
             samples.popleft()
         return samples[0]
+
+
+@dataclass(frozen=True)
+class HostIo:
+    """What hosts do with an LU, each a second: requests, and bytes."""
+
+    name: str
+    reads_s: float
+    read_bytes_s: float
+    writes_s: float
+    written_bytes_s: float
+
+
+Counts = tuple[int, int, int, int]
+
+
+class HostSpeeds:
+    """The host I/O of one mount, or of one group of it."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, deque[tuple[float, Counts]]] = {}
+
+    def see(self, groups: dict[str, Any], now_s: float) -> list[HostIo]:
+        """The LUs that hosts have used in the window, by `groups` of a report of `now_s`."""
+        seen = dict(_host_counts(groups))
+        for gone in self._samples.keys() - seen.keys():
+            del self._samples[gone]
+        speeds = [self._speed(name, counts, now_s) for name, counts in seen.items()]
+        return [speed for speed in speeds if speed is not None]
+
+    def _speed(self, name: str, counts: Counts, now_s: float) -> HostIo | None:
+        samples = self._samples.setdefault(name, deque())
+        if samples and any(now < then for now, then in zip(counts, samples[-1][1], strict=True)):
+            samples.clear()  # another daemon counts anew
+        samples.append((now_s, counts))
+        while len(samples) > 2 and samples[1][0] <= now_s - WINDOW_S:
+            samples.popleft()
+        first_s, first = samples[0]
+        if counts == first:
+            return None
+        return HostIo(
+            name,
+            *((now - then) / (now_s - first_s) for now, then in zip(counts, first, strict=True)),
+        )
+
+
+def _host_counts(groups: dict[str, Any]) -> Iterator[tuple[str, Counts]]:
+    for name, group in groups.items():
+        for lu, shown in (("source", group), *group["clones"].items()):
+            io = shown.get("host_io")  # a daemon that was started by an older version has none
+            if io is not None:
+                counts = (io["reads"], io["read_bytes"], io["writes"], io["written_bytes"])
+                yield f"{name}/{lu}", counts
 
 
 def _running(groups: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -1,8 +1,10 @@
-"""status --watch: the copies that run, live on a terminal, or a line for each look into a pipe.
+"""status --watch: the copies that run and the I/O of hosts, live on a terminal, or a line for each
+look into a pipe.
 
 A look opens status.json, draws, waits the least interval, and then waits in poll(2) until it has
-changed. While something is copied it looks at least once a second, so that a copy that stands still
-is seen to. The terminal is put back as it was, however the watch ends.
+changed. While something is copied, or a host reads or writes, it looks at least once a second, so
+that a copy that stands still is seen to; poll(2) tells nothing of host I/O. The terminal is put back
+as it was, however the watch ends.
 """
 
 import json
@@ -16,13 +18,13 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 import click
 
 from clonefs.cli import tree
 from clonefs.cli.changes import looked_at
-from clonefs.cli.speed import WINDOW_S, Copy, Speeds
+from clonefs.cli.speed import WINDOW_S, Copy, HostIo, HostSpeeds, Speeds
 from clonefs.cli.terminal import Screen, bytes_text, printable
 
 if TYPE_CHECKING:
@@ -31,36 +33,45 @@ if TYPE_CHECKING:
 
 _BUSY_S = 1.0
 _QUIET_S = 10.0
+_GLANCE_S = 2.0  # on a terminal: within so long the first I/O of a host is seen
 _BAR = 20
 _PERCENT = len(" 100%") + 2
 
+_Row = TypeVar("_Row")
+
 
 class _Show(Protocol):
-    def __call__(self, groups: dict[str, Any], copies: list[Copy]) -> None:
+    def __call__(self, groups: dict[str, Any], copies: list[Copy], hosts: list[HostIo]) -> None:
         """Show one look."""
 
 
 def watch(place: tree.Place, where: Screen, interval_s: float, as_json: bool) -> None:
-    """Show the copies of `place`, a mount or a group or an LU in it, until the user ends it."""
+    """Show the copies and the host I/O of `place`, a mount or a group or an LU in it, until the user
+    ends it."""
     tree.require(place)
     if where.is_terminal and not as_json:
         with _keyboard() as keys, _live(place, where) as show:
-            _look_on(place, show, interval_s, keys)
+            _look_on(place, show, interval_s, keys, quiet_s=min(_GLANCE_S, _QUIET_S))
     else:
-        _look_on(place, _print_json if as_json else _Lines(), interval_s, None)
+        show = _print_json if as_json else _Lines()
+        _look_on(place, show, interval_s, None, quiet_s=_QUIET_S)
 
 
-def _look_on(place: tree.Place, show: _Show, interval_s: float, keys: int | None) -> None:
-    speeds = Speeds()
+def _look_on(
+    place: tree.Place, show: _Show, interval_s: float, keys: int | None, *, quiet_s: float
+) -> None:
+    speeds, host_speeds = Speeds(), HostSpeeds()
     try:
         while True:
             with looked_at(tree.Place(place.mountpoint), tree.STATUS_JSON) as look:
                 groups = _groups(place, json.loads(look.value(tree.STATUS_JSON)))
-                copies = speeds.see(groups, time.monotonic())
-                show(groups, copies)
+                now_s = time.monotonic()
+                copies, hosts = speeds.see(groups, now_s), host_speeds.see(groups, now_s)
+                show(groups, copies, hosts)
                 if _quit(keys, interval_s):
                     return
-                if look.wait(_BUSY_S if copies else _QUIET_S, also=keys) and _quit(keys, 0):
+                wait_s = _BUSY_S if copies or hosts else quiet_s
+                if look.wait(wait_s, also=keys) and _quit(keys, 0):
                     return
     except KeyboardInterrupt:
         return  # the ordinary way to end it
@@ -126,21 +137,26 @@ def _cod(copy: Copy) -> str:
     return f"{speed}, {copy.cod_queue} waiting"
 
 
+def _per_second(count: float) -> str:
+    return f"{count:.0f}/s" if count >= 100 or count == 0 else f"{count:.1f}/s"
+
+
 # Into a pipe
 
 
-def _print_json(groups: dict[str, Any], copies: list[Copy]) -> None:
+def _print_json(groups: dict[str, Any], copies: list[Copy], hosts: list[HostIo]) -> None:
     """The report of this look on one line."""
     click.echo(json.dumps({"at": _now(), "groups": groups}))
 
 
 class _Lines:
-    """A line for each copy at each look, and one when a clone that is not copied has changed."""
+    """A line at each look for each copy, and for each LU that hosts use; and one when a clone that is
+    not copied has changed."""
 
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
 
-    def __call__(self, groups: dict[str, Any], copies: list[Copy]) -> None:
+    def __call__(self, groups: dict[str, Any], copies: list[Copy], hosts: list[HostIo]) -> None:
         at = _now()
         running = {copy.name: copy for copy in copies}
         states = {
@@ -153,6 +169,8 @@ class _Lines:
                 click.echo(f"{at} {_line(running[name])}")
             elif self._shown.get(name) != state:
                 click.echo(f"{at} {name} {state}")
+        for host in hosts:
+            click.echo(f"{at} {_host_line(host)}")
         self._shown = states
 
 
@@ -162,6 +180,13 @@ def _line(copy: Copy) -> str:
         f"{copy.name} {copy.state} {copy.condition} {copy.done}/{copy.total} {_percent(copy)}, "
         f"{_rate(copy)}, {_bytes_rate(copy)}, {_left(copy)} left{cod}"
     ).replace("stands still left", "stands still")
+
+
+def _host_line(host: HostIo) -> str:
+    return (
+        f"{host.name} hosts: {_per_second(host.reads_s)} reads, {bytes_text(host.read_bytes_s)}/s, "
+        f"{_per_second(host.writes_s)} writes, {bytes_text(host.written_bytes_s)}/s"
+    )
 
 
 def _now() -> str:
@@ -205,33 +230,51 @@ def _live(place: tree.Place, where: Screen) -> Iterator[_Show]:
 
 
 def _drawer(place: tree.Place, live: "Live", console: Any) -> Callable[..., None]:
-    def show(groups: dict[str, Any], copies: list[Copy]) -> None:
+    def show(groups: dict[str, Any], copies: list[Copy], hosts: list[HostIo]) -> None:
         # A window may have another size by now: the console asks anew each time.
-        live.update(frame(place, groups, copies, console.width, console.height), refresh=True)
+        picture = frame(place, groups, copies, hosts, console.width, console.height)
+        live.update(picture, refresh=True)
 
     return show
 
 
 def frame(
-    place: tree.Place, groups: dict[str, Any], copies: list[Copy], width: int, height: int
+    place: tree.Place,
+    groups: dict[str, Any],
+    copies: list[Copy],
+    hosts: list[HostIo],
+    width: int,
+    height: int,
 ) -> "RenderableType":
-    """What a terminal of this size shows: copies first, what is wrong, then how many clones rest."""
+    """What a terminal of this size shows: copies first, what is wrong, what hosts do, then how many
+    clones rest."""
     from rich.console import Group
     from rich.text import Text
 
     notes = [f"{copy.name}: {copy.error}" for copy in copies if copy.error]
-    room = max(height - 4 - len(notes), 1)
-    shown = copies[:room] if len(copies) <= room else copies[: room - 1]
-    more = len(copies) - len(shown)
+    room = max(height - 5 - len(notes), 2)
+    for_hosts = min(len(hosts), max(room // 3, room - len(copies), 1))
     parts: list[RenderableType] = [
         Text(f"{place}", style="bold", no_wrap=True, overflow="ellipsis")
     ]
-    parts.append(_table(shown, width) if shown else Text("nothing is being copied"))
+    shown, more = _fitting_rows(copies, room - for_hosts)
+    parts.append(_table(shown, width) if copies else Text("nothing is being copied"))
     if more:
         parts.append(Text(f"and {more} more copies: a taller window shows them"))
     parts += [Text(printable(note), style="bold red") for note in notes]
+    busiest = sorted(hosts, key=lambda host: -(host.reads_s + host.writes_s))
+    used, others = _fitting_rows(busiest, for_hosts)
+    parts.append(_host_table(used, width) if hosts else Text("no host reads or writes"))
+    if others:
+        parts.append(Text(f"and {others} more LUs that hosts use"))
     parts.append(Text(_footer(groups, copies), style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)
+
+
+def _fitting_rows(rows: list[_Row], room: int) -> tuple[list[_Row], int]:
+    """The first rows, and how many do not fit: then a line less, which says so."""
+    shown = rows if len(rows) <= room else rows[: max(room - 1, 1)]
+    return shown, len(rows) - len(shown)
 
 
 def _footer(groups: dict[str, Any], copies: list[Copy]) -> str:
@@ -295,3 +338,30 @@ def _bar(copy: Copy, length: int) -> "RenderableType":
     bar = Text("━" * full, style="green")
     bar.append("╌" * (length - full), style="dim")
     return bar.append(f" {_percent(copy):>4}")
+
+
+_HOST_COLUMNS: dict[str, Callable[[HostIo], str]] = {
+    "READS": lambda host: _per_second(host.reads_s),
+    "READ": lambda host: f"{bytes_text(host.read_bytes_s)}/s",
+    "WRITES": lambda host: _per_second(host.writes_s),
+    "WRITTEN": lambda host: f"{bytes_text(host.written_bytes_s)}/s",
+}
+_CELL = len("99999/s") + 2
+
+
+def _host_table(hosts: list[HostIo], width: int) -> "RenderableType":
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    longest = max(len(host.name) for host in hosts)
+    columns = list(_HOST_COLUMNS)
+    if width < longest + len(columns) * _CELL:
+        columns = ["READ", "WRITTEN"]
+    table.add_column("HOST I/O", no_wrap=True, overflow="ellipsis", min_width=longest)
+    for name in columns:
+        table.add_column(name, no_wrap=True, justify="right", min_width=_CELL - 2)
+    for host in hosts:
+        cells = [Text(_HOST_COLUMNS[name](host)) for name in columns]
+        table.add_row(Text(host.name), *cells)
+    return table

@@ -4,16 +4,14 @@ It copies the extents that a host request needs from the Clone to the Source, wh
 waits in the COD Queue. It must never copy what it has not claimed.
 """
 
-import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from clonefs.engines.server import GroupServer
 from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import Claim, WaitingRequest
-from clonefs.units import Buffer
-
-log = logging.getLogger(__name__)
+from clonefs.units import Buffer, LogicalUnit
 
 
 class CodEngine:
@@ -28,10 +26,13 @@ class CodEngine:
         group = self._server.group
         request = WaitingRequest(verb, offset, length, *group.geometry.extents_of(offset, length))
         group.cod_queue.add(request)
+        started = time.perf_counter_ns()
         try:
             yield
         finally:
             group.cod_queue.remove(request)
+            waited = time.perf_counter_ns() - started
+            self._server.counters.cod_wait.done(length, waited)
 
     async def complete_ends(self, offset: int, length: int) -> None:
         """Copy what a write needs: the pending extents that it covers in part.
@@ -56,25 +57,34 @@ class CodEngine:
         server = self._server
         clone = server.units[claim.clone]
         offset, length = server.group.geometry.bytes_of(claim.first, claim.stop)
+        counts = server.counters.clone(claim.clone).cod
         copied = False
         try:
-            await server.durability.cover(offset, length)
-            data = clone.read_now(offset, length)
-            if data is None:
-                data = await clone.read(offset, length)
-            if not any_byte(data):  # holes stay holes
-                await server.source.copy_from(clone, offset, length, share=False)
-            elif not server.source.write_now(offset, data):
-                await server.source.write(offset, data)
+            with server.counters.cod_copy.timed(length):
+                data = await self._copy(clone, offset, length)
             copied = True
             server.counts.cod += claim.stop - claim.first
+            counts.copied(claim.stop - claim.first, length)
             return data
         except DeviceError as error:
+            counts.errors += 1
             server.fault(claim.clone, error.reason)
             raise
         finally:
             server.group.end_copy(claim, copied=copied)
             server.wake()
+
+    async def _copy(self, clone: LogicalUnit, offset: int, length: int) -> Buffer:
+        source = self._server.source
+        await self._server.durability.cover(offset, length)
+        data = clone.read_now(offset, length)
+        if data is None:
+            data = await clone.read(offset, length)
+        if not any_byte(data):  # holes stay holes
+            await source.copy_from(clone, offset, length, share=False)
+        elif not source.write_now(offset, data):
+            await source.write(offset, data)
+        return data
 
     async def read(self, claim: Claim, offset: int, length: int) -> Buffer:
         """Bytes of extents that `claim` has, for a host read: copied on the way (L5)."""

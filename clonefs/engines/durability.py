@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import trio
 from bitarray import bitarray
 
+from clonefs.engines.counters import Tally
 from clonefs.engines.recorder import Recorder
 from clonefs.group import CloneGroup
 from clonefs.volume import DurableMap
@@ -37,6 +38,8 @@ class Durability:
     ) -> None:
         self.delta = delta
         self.protected = protected
+        self.delta_writes = Tally()
+        self.protected_writes = Tally()
         self._group = group
         self._recorder = recorder
         self._run_ahead = run_ahead
@@ -99,9 +102,11 @@ class Durability:
             return
         event = self._writing[id(durable)] = trio.Event()
         batch = durable.begin_write()
+        tally = self.delta_writes if durable is self.delta else self.protected_writes
         written = False
         try:
-            await self._recorder.write_durably(batch.writes)
+            with tally.timed(sum(len(data) for _, data in batch.writes)):
+                await self._recorder.write_durably(batch.writes)
             written = True
         finally:
             durable.end_write(written=written)

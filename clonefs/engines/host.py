@@ -9,6 +9,7 @@ import errno
 from typing import Protocol
 
 from clonefs.engines.cod import CodEngine
+from clonefs.engines.counters import SOURCE, LuCounters
 from clonefs.engines.server import GroupServer
 from clonefs.errors import ClonefsError, busy
 from clonefs.group import Obstacle, Route, WriteTicket, transitions
@@ -17,9 +18,11 @@ from clonefs.volume import CloneState
 
 
 class HostLu(Protocol):
-    """An LU as hosts use it. Offsets and lengths are bytes and lie within `size`."""
+    """An LU as hosts use it. Offsets and lengths are bytes and lie within `size`. Who brings the
+    requests of hosts counts them in `counters`."""
 
     size: int
+    counters: LuCounters
 
     def writable(self) -> bool:
         """Whether the state allows writing now."""
@@ -60,6 +63,7 @@ class SourceLu:
         self._volume = server.recorder.volume
         self._cod = cod
         self.size = server.group.geometry.size
+        self.counters = server.counters.lu(SOURCE)
 
     def writable(self) -> bool:
         return True
@@ -219,6 +223,7 @@ class CloneLu:
         self._unit = server.units[name]
         self._name = name
         self.size = server.group.geometry.size
+        self.counters = server.counters.lu(name)
 
     def writable(self) -> bool:
         clone = self._group.clones.get(self._name)

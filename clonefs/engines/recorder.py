@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 import trio
 
+from clonefs.engines.counters import Tally
 from clonefs.group import CloneGroup
 from clonefs.units import LogicalUnit
 from clonefs.volume import GroupRecord, MapSlot, MetadataVolume, Record
@@ -37,6 +38,7 @@ class Recorder:
         self._lock = trio.Lock()
         self.on_broken: Callable[[str], None] = lambda reason: None
         self._told = False
+        self.commits = Tally()
 
     def _look(self) -> None:
         """Tell once that the volume cannot be written any more."""
@@ -52,7 +54,8 @@ class Recorder:
                 old = {group.name: group for group in self.volume.record.groups}
                 changed = [group for group in record.groups if group != old.get(group.name)]
                 backings = [each for group in changed for each in self.backings_of(group)]
-                await self._write(lambda: self._commit(record, backings))
+                with self.commits.timed():
+                    await self._write(lambda: self._commit(record, backings))
 
     async def _write(self, work: Callable[[], None]) -> None:
         try:

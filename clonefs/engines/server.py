@@ -6,6 +6,7 @@ and host I/O need: who is woken when, and how a clone that fails is split off.
 
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from clonefs.engines.counters import SOURCE, GroupCounters
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.engines.recorder import Change, Recorder
@@ -38,7 +40,8 @@ class CopyCounts:
 
 
 class GroupServer:
-    """One group of the mount. `wall_clock` gives seconds since the epoch."""
+    """One group of the mount. `wall_clock` gives seconds since the epoch; `on_event` gets a line and
+    the level at which it is logged (None: not at all), `on_error` the name of an LU and a sentence."""
 
     def __init__(
         self,
@@ -49,7 +52,8 @@ class GroupServer:
         wall_clock: Callable[[], float],
         on_change: OnChange,
         durability: Durability,
-        on_event: Callable[[str], None],
+        on_event: Callable[[str, int | None], None],
+        on_error: Callable[[str, str], None],
     ) -> None:
         self.group = group
         self.source = source
@@ -60,6 +64,7 @@ class GroupServer:
         # Held by a checkpoint: no unit is closed and no map is added under it.
         self.flushing = trio.Lock()
         self.counts = CopyCounts()
+        self.counters = GroupCounters()
         self.faults: dict[str, str] = {}
         # By the names of units, since the mount or the last whole copy: what hosts have been told of
         # them last; and flushes that have failed, which are never believed again (D10).
@@ -67,6 +72,7 @@ class GroupServer:
         self.unflushed: dict[str, str] = {}
         self.verifications: dict[str, Verification] = {}  # the last one of each clone
         self._on_event = on_event
+        self._on_error = on_error
         # When what the Source shows was last changed: by a host, or by a restore that began.
         self.modified = source.modified()
         self._wall_clock = wall_clock
@@ -132,9 +138,9 @@ class GroupServer:
         self._on_change(before, self.group.record)
         self.wake()
 
-    def tell(self, line: str) -> None:
-        """An event that is no change of state."""
-        self._on_event(line)
+    def tell(self, line: str, level: int | None = logging.INFO) -> None:
+        """An event that is no change of state, for the log too at that level."""
+        self._on_event(line, level)
 
     # Failures
 
@@ -143,7 +149,7 @@ class GroupServer:
         clone = self.group.clones.get(name)
         if clone is None or clone.state not in MIRRORED:
             return
-        log.error("%s/%s is split off: %s", self.name, name, error.reason)
+        self.counters.clone(name).splits += 1
         before = self.group.record
         record = transitions.split_off_failed(before, name, reason=error.reason, now=self.now())
         self.group.split_off(record, name)
@@ -168,7 +174,7 @@ class GroupServer:
         try:
             await self.change(lambda record: record)
         except ClonefsError as error:
-            log.error("%s: %s", self.name, error.reason)
+            log.error("%s: %s", self.name, error.reason, extra={"clonefs_group": self.name})
 
     async def flush_source(self) -> None:
         """Flush the Source, and P with it (D6). Raises ClonefsError; then, if the flush failed,
@@ -177,7 +183,8 @@ class GroupServer:
 
     async def _flush_source_unit(self) -> None:
         try:
-            await self.source.flush()
+            with self.counters.lu(SOURCE).backing_flush.timed():
+                await self.source.flush()
         except ClonefsError as error:
             self._flush_failed(self.source, error)
             self.group.distrust(None)
@@ -192,7 +199,9 @@ class GroupServer:
     async def checkpoint(self) -> None:
         """Trim the durable maps (D2). Raises ClonefsError."""
         async with self.flushing:
-            await self.durability.checkpoint(self.flush_all)
+            with self.counters.checkpoint.timed():
+                await self.durability.checkpoint(self.flush_all)
+            self.counters.checkpoint_at = time.monotonic()
 
     async def flush_all(self) -> None:
         """Flush every unit. Raises ClonefsError."""
@@ -204,7 +213,8 @@ class GroupServer:
     async def flush_clone(self, name: str) -> None:
         """Flush a clone; the same. In a Reverse Sync the record says so instead (D10)."""
         try:
-            await self.units[name].flush()
+            with self.counters.lu(name).backing_flush.timed():
+                await self.units[name].flush()
         except ClonefsError as error:
             self._flush_failed(self.units[name], error)
             if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
@@ -228,18 +238,17 @@ class GroupServer:
     def _flush_failed(self, unit: LogicalUnit, error: ClonefsError) -> None:
         if unit.name not in self.unflushed and not isinstance(unit, MissingUnit):
             self.unflushed[unit.name] = error.reason
-            log.error("%s: %s", self._lu_of(unit.name), error.reason)
-            self._on_event(f"{self._lu_of(unit.name)}: {error.reason}")
+            self.tell(f"{self._lu_of(unit.name)}: {error.reason}", logging.ERROR)
 
     def device_failed(self, error: DeviceError) -> None:
-        """A host request has failed. The first one of a unit is an event."""
+        """A host request has failed, which is in the log. The first one of a unit is an event."""
         unit = self.source if error.unit == self.source.name else None
         if unit is None:
             unit = next((each for each in self.units.values() if each.name == error.unit), None)
         if unit is None or isinstance(unit, MissingUnit) or unit.name in self.unflushed:
             return
         if unit.name not in self.failures:
-            self._on_event(f"{self._lu_of(unit.name)}: {error.reason}")
+            self.tell(f"{self._lu_of(unit.name)}: {error.reason}", None)
         self.failures[unit.name] = error.reason
 
     def forget(self, unit: LogicalUnit) -> None:
@@ -254,7 +263,7 @@ class GroupServer:
     def fault(self, name: str, reason: str) -> None:
         """Something that stops the running copy of a clone; it goes on to be tried."""
         if self.faults.get(name) != reason:
-            log.error("%s/%s: %s", self.name, name, reason)
+            self._on_error(name, reason)
         self.faults[name] = reason
 
     def mended(self, name: str) -> None:

@@ -1,16 +1,31 @@
 """What can be seen of a group from outside, frozen at one instant.
 
-Status files, the table and status.json are made of this and of nothing else.
+Status files, the table, status.json and the metrics are made of this and of nothing else.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clonefs.engines.counters import SOURCE, CopyCounters, LuCounters, TallyStatistics
 from clonefs.engines.server import GroupServer
 from clonefs.engines.transfers import Transfers
 from clonefs.engines.verify import VerifyStatistics
-from clonefs.group import Clone
+from clonefs.group import Clone, Engine
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState, SplitBy
+
+CONDITIONS = ("normal", *SplitBy, "faulted", "waiting")
+
+
+@dataclass(frozen=True, slots=True)
+class HostIo:
+    """What hosts have read from and written to an LU since the mount: requests, and bytes."""
+
+    reads: int
+    read_bytes: int
+    writes: int
+    written_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +45,7 @@ class CloneStatistics:
     fractured_at: float | None
     written: bool
     verify: VerifyStatistics | None
+    host_io: HostIo
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,7 @@ class GroupStatistics:
     extents: int
     full_copies: bool
     restore: RestoreStatistics | None
+    host_io: HostIo
     clones: tuple[CloneStatistics, ...]
 
 
@@ -75,6 +92,7 @@ def statistics(server: GroupServer, transfers: Transfers) -> GroupStatistics:
         extents=group.geometry.extents,
         full_copies=group.record.full_copies,
         restore=_restore(server),
+        host_io=_host_io(server.counters.lu(SOURCE)),
         clones=tuple(_clone(server, clone, transfers) for clone in group.clones.values()),
     )
 
@@ -117,7 +135,12 @@ def _clone(server: GroupServer, clone: Clone, transfers: Transfers) -> CloneStat
         fractured_at=record.fractured_at,
         written=record.written,
         verify=_verify(server, clone),
+        host_io=_host_io(server.counters.lu(clone.name)),
     )
+
+
+def _host_io(lu: LuCounters) -> HostIo:
+    return HostIo(lu.read.count, lu.read.bytes, lu.write.count, lu.write.bytes)
 
 
 def _verify(server: GroupServer, clone: Clone) -> VerifyStatistics | None:
@@ -160,3 +183,94 @@ def _done(server: GroupServer, clone: Clone) -> int:
         case _:
             left = 0
     return max(0, total - left)
+
+
+# Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class LuMetrics:
+    """An LU: the requests of hosts, and the flushes of its backing."""
+
+    read: TallyStatistics
+    write: TallyStatistics
+    flush: TallyStatistics
+    backing_flush: TallyStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class CopyMetrics:
+    """What one engine has copied from or to a clone: extents, bytes, and copies that have failed."""
+
+    extents: int
+    bytes: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetrics:
+    """A group with everything that is counted. `lus` by their names; `copies` by the names of clones
+    and engines; `splits` by the names of clones; `claimed` extents by who has claimed them;
+    `map_writes` of the durable maps by their names; `checkpoint_age` in seconds, None where there
+    are no checkpoints."""
+
+    statistics: GroupStatistics
+    lus: Mapping[str, LuMetrics]
+    copies: Mapping[tuple[str, str], CopyMetrics]
+    splits: Mapping[str, int]
+    claimed: Mapping[str, int]
+    cod_queue: int
+    cod_copy: TallyStatistics
+    cod_wait: TallyStatistics
+    checkpoint: TallyStatistics
+    checkpoint_age: float | None
+    map_writes: Mapping[str, TallyStatistics]
+
+
+def metrics(server: GroupServer, transfers: Transfers, now: float) -> GroupMetrics:
+    """The group of `server` as it is now, with what is counted; `now` is that of time.monotonic."""
+    counters, clones = server.counters, server.group.clones
+    read_only = server.recorder.volume.read_only
+    return GroupMetrics(
+        statistics=statistics(server, transfers),
+        lus={name: _lu_metrics(counters.lu(name)) for name in (SOURCE, *clones)},
+        copies={
+            (name, engine): _copies(copies)
+            for name in clones
+            for engine, copies in (
+                ("sync", counters.clone(name).sync),
+                ("cod", counters.clone(name).cod),
+            )
+        },
+        splits={name: counters.clone(name).splits for name in clones},
+        claimed=_claimed(server),
+        cod_queue=len(server.group.cod_queue),
+        cod_copy=counters.cod_copy.statistics(),
+        cod_wait=counters.cod_wait.statistics(),
+        checkpoint=counters.checkpoint.statistics(),
+        checkpoint_age=None if read_only else now - counters.checkpoint_at,
+        map_writes={
+            "delta": server.durability.delta_writes.statistics(),
+            "protected": server.durability.protected_writes.statistics(),
+        },
+    )
+
+
+def _lu_metrics(lu: LuCounters) -> LuMetrics:
+    return LuMetrics(
+        lu.read.statistics(),
+        lu.write.statistics(),
+        lu.flush.statistics(),
+        lu.backing_flush.statistics(),
+    )
+
+
+def _copies(copies: CopyCounters) -> CopyMetrics:
+    return CopyMetrics(copies.extents, copies.bytes, copies.errors)
+
+
+def _claimed(server: GroupServer) -> Mapping[str, int]:
+    extents = Counter({str(engine): 0 for engine in Engine})
+    for claim in server.group.scoreboard:
+        extents[claim.engine] += claim.stop - claim.first
+    return extents

@@ -9,7 +9,6 @@ It must never copy what it has not claimed, nor wait for anything but the copy w
 hosts wait for claims, and so does every transition.
 """
 
-import logging
 from functools import partial
 
 import trio
@@ -20,8 +19,6 @@ from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import MIRRORED, RESTORES, Claim, Clone
 from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState
-
-log = logging.getLogger(__name__)
 
 COPYING = RESTORES | {CloneState.SYNCHRONIZING}
 HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole
@@ -41,6 +38,7 @@ class SyncEngine:
         self._group = server.group
         self._name = name
         self._transfers = transfers
+        self._counts = server.counters.clone(name).sync
         self._begin_pass()
         self._owed = 0.0  # bytes copied that `rate` has not paid for at `_paid_at`
         self._paid_at = 0.0
@@ -186,12 +184,14 @@ class SyncEngine:
             await self._copy_failed(claim, clone, failure)
             return
         self._server.counts.sync += claim.stop - claim.first
+        self._counts.copied(claim.stop - claim.first, length)
         self._cursor = claim.stop
         if offset >= self._data_at:  # a hole costs nothing
             self._charge(clone, length)
 
     async def _copy_failed(self, claim: Claim, clone: Clone, error: ClonefsError) -> None:
         """Try a run again extent by extent; pass over an extent that fails by itself."""
+        self._counts.errors += 1
         own = self._server.unit(clone).name
         if clone.state in MIRRORED and isinstance(error, DeviceError) and error.unit == own:
             await self._server.split_off(self._name, error)

@@ -65,7 +65,8 @@ class StorageSystem:
 
     `forget_pages` makes the kernel forget what it has cached of a group's Source; `wall_clock` gives
     seconds since the epoch; `on_event` gets one line for each change of state, `on_change` the names
-    of the group and the clone before that;
+    of the group and the clone before that; `on_error` gets the names of a group and an LU, and a
+    sentence, each time that I/O has failed;
     `run` is how many bytes a Sync Engine copies at a time, `checkpoint` the seconds between
     checkpoints of the durable maps, `run_ahead` the extents that are marked in them at once.
     """
@@ -79,6 +80,7 @@ class StorageSystem:
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
         on_change: Callable[..., None] = lambda *place: None,
+        on_error: Callable[[str, str, str], None] = lambda group, lu, sentence: None,
         run: int = RUN,
         checkpoint: float = CHECKPOINT,
         run_ahead: int = RUN_AHEAD,
@@ -95,6 +97,7 @@ class StorageSystem:
         self._wall_clock = wall_clock
         self._on_event = on_event
         self._on_change = on_change
+        self._on_error = on_error
         self._checkpoint = checkpoint
         self._run_ahead = run_ahead
         self._engines: dict[tuple[str, str], trio.CancelScope] = {}
@@ -230,6 +233,7 @@ class StorageSystem:
         durability = Durability(
             loaded.group, self.recorder, loaded.delta, loaded.protected, self._run_ahead
         )
+        name = loaded.group.record.name
         return GroupServer(
             loaded.group,
             source,
@@ -238,7 +242,8 @@ class StorageSystem:
             self._wall_clock,
             self._state_changed,
             durability,
-            lambda line: self._event(line, loaded.group.record.name),
+            lambda line, level: self._event(line, name, level=level),
+            functools.partial(self._on_error, name),
         )
 
     async def _checkpoints(self, server: GroupServer) -> None:
@@ -256,7 +261,8 @@ class StorageSystem:
                 except ClonefsError as error:
                     if error.reason != said:  # a flush that failed fails each time
                         said = error.reason
-                        log.error("%s: no checkpoint: %s", server.name, said)
+                        group = {"clonefs_group": server.name}
+                        log.error("%s: no checkpoint: %s", server.name, said, extra=group)
 
     def _start_clone(self, server: GroupServer, name: str) -> None:
         assert self._nursery is not None
@@ -318,8 +324,9 @@ class StorageSystem:
         log.error("%s", reason)
         self._on_event(reason)
 
-    def device_failed(self, group: str, error: ClonefsError) -> None:
-        """A host request of the group has failed."""
+    def request_failed(self, group: str, lu: str, request: str, error: ClonefsError) -> None:
+        """A request of a host has failed for no fault of its own; `request` says which."""
+        self._on_error(group, lu, f"{request}: {error.reason}")
         if isinstance(error, DeviceError) and group in self.servers:
             self.servers[group].device_failed(error)
 
@@ -348,10 +355,15 @@ class StorageSystem:
             record = record.with_group(remember(group, units))
         return record
 
-    def _event(self, line: str, *place: str) -> None:
+    def _event(
+        self, line: str, *place: str, level: int | None = logging.INFO, reason: str = ""
+    ) -> None:
+        """The line is for `events`, and with the reason for the log (None: it is there already)."""
         if place:
             self._on_change(*place)
-        log.info("%s", line)
+        if level is not None:
+            group = {"clonefs_group": place[0]} if place else None
+            log.log(level, "%s%s", line, reason, extra=group)
         self._on_event(line)
 
     def _state_changed(self, before: GroupRecord, after: GroupRecord) -> None:
@@ -363,9 +375,12 @@ class StorageSystem:
                     f"{after.name}/{clone.name} added: {clone.state}", after.name, clone.name
                 )
             elif was is not clone.state:
-                self._event(
-                    f"{after.name}/{clone.name} {was} -> {clone.state}", after.name, clone.name
-                )
+                line = f"{after.name}/{clone.name} {was} -> {clone.state}"
+                if clone.state is CloneState.OUT_OF_SYNC and clone.reason is not None:
+                    reason = f": it is split off: {clone.reason}"
+                    self._event(line, after.name, clone.name, level=logging.ERROR, reason=reason)
+                else:
+                    self._event(line, after.name, clone.name)
         for name in old.keys() - {clone.name for clone in after.clones}:
             self._event(f"{after.name}/{name} removed", after.name, name)
 
@@ -511,6 +526,7 @@ class StorageSystem:
                 self._engines.pop((group, name)).cancel()
                 del server.units[name]
             server.forget(unit)
+            server.counters.forget(name)
             if name in server.verifications:
                 await server.verifications.pop(name).stop()
             async with server.flushing:

@@ -139,7 +139,8 @@ class Verification:
                 self.stage = Stage.DONE
         except ClonefsError as error:
             self.stage = Stage.FAILED
-            log.error("%s/%s: %s", self._server.name, self._name, error.reason)
+            group = {"clonefs_group": self._server.name}
+            log.error("%s: %s", self._place, error.reason, extra=group)
         finally:
             if self.running:
                 self.stage = Stage.STOPPED
@@ -273,8 +274,7 @@ class Verification:
     def _report(self, extent: int) -> None:
         if not self._different:
             line = f"{self._place}: extent {extent} differs from the Source, and no map has it"
-            log.error("%s", line)
-            self._server.tell(line)
+            self._server.tell(line, logging.ERROR)
         self._different += 1
         if self._runs and self._runs[-1].stop == extent:
             self._runs[-1] = Run(self._runs[-1].first, extent + 1)

@@ -1,17 +1,18 @@
-"""What an open control file shows: text, an extent list, or the log of events.
+"""What an open control file shows: text, a long one in pieces, or the log of events.
 
 All of it is the state at the moment of open; only the log grows. A descriptor that poll(2) has told
 of a change shows the new text when it is read again from its beginning.
 
-Nothing here may hold up the event loop for long: an extent list of millions of runs is written piece
-by piece as it is read, from a snapshot, and other requests go on between the pieces.
+Nothing here may hold up the event loop for long: an extent list of millions of runs, or the metrics of
+thousands of clones, are written piece by piece as they are read, from a snapshot, and other requests go
+on between the pieces.
 """
 
 import errno
 import mmap
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,11 +53,19 @@ class Content(Protocol):
         """What poll(2) is told now."""
 
 
-class Text:
-    """A text that `show` gives, None once its group or clone is gone."""
+def _all(text: str) -> str:
+    return text
 
-    def __init__(self, show: Callable[[], str | None]) -> None:
+
+class Text:
+    """A text that `show` gives, None once its group or clone is gone. It has changed when what
+    `telling` makes of it has."""
+
+    def __init__(
+        self, show: Callable[[], str | None], telling: Callable[[str], str] = _all
+    ) -> None:
         self._show = show
+        self._telling = telling
         self._text = show()
         self._stale = False
 
@@ -69,10 +78,16 @@ class Text:
         return encoded(self._text)[offset : offset + size]
 
     def poll(self) -> Readiness:
-        now = self._show()
-        if now != self._text:
+        now = self._told()
+        if now != self._tell(self._text):
             self._stale = True
-        return Readiness(READABLE | (CHANGED if self._stale else 0), lambda: self._show() != now)
+        return Readiness(READABLE | (CHANGED if self._stale else 0), lambda: self._told() != now)
+
+    def _told(self) -> str | None:
+        return self._tell(self._show())
+
+    def _tell(self, text: str | None) -> str | None:
+        return None if text is None else self._telling(text)
 
 
 def encoded(text: str) -> bytes:
@@ -80,7 +95,7 @@ def encoded(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
-# Extent lists
+# Extent lists, and whatever else is long
 
 
 async def snapshot(bits: bitarray) -> bitarray:
@@ -103,30 +118,55 @@ def _populate(pages: mmap.mmap) -> None:
         os.close(fd)
 
 
-class ExtentList:
-    """The extents of a snapshot in the kernel's cpulist form, written as it is read.
+def cpulist(bits: bitarray, extents: int) -> Iterator[bytes]:
+    """The first `extents` of a map in the kernel's cpulist form, some runs at a time."""
+    at, comma = 0, ""
+    while at < extents:
+        text, at = _some_runs(bits, at, extents, comma)
+        comma = "," if text else comma
+        yield text.encode()
+    yield b"\n"
 
-    `_text` are the bytes from `_start` on that have been written and may be asked for; `_next` is
-    the first extent that has not been looked at, `extents` once all are written.
+
+def _some_runs(bits: bitarray, at: int, extents: int, comma: str) -> tuple[str, int]:
+    """The next runs from extent `at` on, and the first extent that has not been looked at."""
+    text = ""
+    stop_looking = min(at + EXTENTS_AT_ONCE, extents)
+    for _ in range(RUNS_AT_ONCE):
+        first = bits.find(1, at, stop_looking)
+        if first < 0:
+            return text, stop_looking
+        stop = bits.find(0, first, extents)
+        at = extents if stop < 0 else stop
+        text += f"{comma}{run_text(first, at)}"
+        comma = ","
+        if at >= stop_looking:
+            break
+    return text, at
+
+
+class Pieces:
+    """A text of any length that is written piece by piece as it is read. `begin` gives the pieces
+    from the first one on, the same each time.
+
+    `_text` are the bytes from `_start` on that have been written and may be asked for.
     """
 
-    def __init__(self, bits: bitarray, extents: int) -> None:
-        self._bits = bits
-        self._extents = extents
+    def __init__(self, begin: Callable[[], Iterator[bytes]]) -> None:
+        self._begin = begin
         self._reading = trio.Lock()
-        self._begin()
+        self._begin_again()
 
-    def _begin(self) -> None:
+    def _begin_again(self) -> None:
         self._start = 0
         self._text = bytearray()
-        self._next = 0
-        self._comma = ""
+        self._pieces: Iterator[bytes] | None = self._begin()
 
     async def read(self, offset: int, size: int) -> bytes:
         async with self._reading:
             if offset < self._start:
-                self._begin()
-            while self._next <= self._extents and self._start + len(self._text) < offset + size:
+                self._begin_again()
+            while self._pieces and self._start + len(self._text) < offset + size:
                 self._write_more()
                 self._drop_before(offset)
                 await trio.lowlevel.checkpoint()
@@ -134,23 +174,12 @@ class ExtentList:
             return bytes(self._text[offset - self._start : offset - self._start + size])
 
     def _write_more(self) -> None:
-        """The next runs; at the end a newline, and `_next` is past the end."""
-        find, extents = self._bits.find, self._extents
-        stop_looking = min(self._next + EXTENTS_AT_ONCE, extents)
-        for _ in range(RUNS_AT_ONCE):
-            first = find(1, self._next, stop_looking)
-            if first < 0:
-                self._next = stop_looking
-                break
-            stop = find(0, first, extents)
-            self._next = extents if stop < 0 else stop
-            self._text += f"{self._comma}{run_text(first, self._next)}".encode()
-            self._comma = ","
-            if self._next >= stop_looking:
-                break
-        if self._next >= extents:
-            self._text += b"\n"
-            self._next = extents + 1
+        assert self._pieces is not None
+        piece = next(self._pieces, None)
+        if piece is None:
+            self._pieces = None
+        else:
+            self._text += piece
 
     def _drop_before(self, offset: int) -> None:
         drop = min(offset - self._start, len(self._text))

@@ -4,15 +4,17 @@ Three tables, one for each kind of directory; the tree is made of them, and so i
 docs/control-files.md checked by a test.
 """
 
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from time import time
 
 from bitarray import bitarray
 
 from clonefs.engines import CloneStatistics, GroupStatistics, StorageSystem, statistics
 from clonefs.errors import invalid
 from clonefs.extents import run_text
-from clonefs.fuse import commands, render
+from clonefs.fuse import commands, metrics, render
 from clonefs.fuse.contents import EventLog
 
 
@@ -20,13 +22,17 @@ from clonefs.fuse.contents import EventLog
 class Control:
     """What control files work on: the system, the sentences of the last refusals by directory, and
     the log of events. `in_use` tells whether an LU file is open; `changed` is when the state of the
-    thing of a directory last changed, or one came or went there, in seconds since the epoch."""
+    thing of a directory last changed, or one came or went there, in seconds since the epoch, and
+    `started` when the mount began; `commands` how many were done, and refused."""
 
     system: StorageSystem
     in_use: Callable[[str, str], bool]
+    mountpoint: str
     errors: dict[tuple[str, ...], str] = field(default_factory=dict)
     events: EventLog = field(default_factory=EventLog)
     changed: dict[tuple[str, ...], float] = field(default_factory=dict)
+    commands: Counter[str] = field(default_factory=lambda: Counter(done=0, refused=0))
+    started: float = field(default_factory=time)
 
     def group(self, name: str) -> GroupStatistics:
         return statistics(self.system.server(name), self.system.transfers)
@@ -45,6 +51,7 @@ class Control:
 Where = tuple[str, ...]  # (), (group,) or (group, clone)
 Show = Callable[[Control, Where], str]
 MapOf = Callable[[Control, Where], tuple[bitarray, int]]
+PiecesOf = Callable[[Control], Awaitable[Callable[[], Iterator[bytes]]]]
 Write = Callable[[Control, Where, str], Awaitable[None]]
 
 
@@ -52,14 +59,18 @@ Write = Callable[[Control, Where, str], Awaitable[None]]
 class ControlFile:
     """A file of the control directory: what it shows and what it does, where it has either.
 
-    It shows a text (`show`), the bits of a map with the number of its extents (`map_of`), or the log
-    (`is_log`). A value that is also an extended attribute of the LU has `attribute`; without a name
-    of its own, that of the file. `of_clones`: one of the group that its clones have too.
+    It shows a text (`show`), the bits of a map with the number of its extents (`map_of`), a long
+    text in pieces (`pieces_of`), or the log (`is_log`). poll(2) tells of a change in what `telling`
+    makes of a text, in all of it if that is not given. A value that is also an extended attribute of
+    the LU has `attribute`; without a name of its own, that of the file. `of_clones`: one of the group
+    that its clones have too.
     """
 
     show: Show | None = None
     write: Write | None = None
     map_of: MapOf | None = None
+    pieces_of: PiecesOf | None = None
+    telling: Callable[[str], str] | None = None
     is_log: bool = False
     attribute: Show | None = None
     attribute_name: str | None = None
@@ -68,7 +79,8 @@ class ControlFile:
     @property
     def readable(self) -> bool:
         """Whether it can be opened for reading."""
-        return self.is_log or self.show is not None or self.map_of is not None
+        shown = (self.show, self.map_of, self.pieces_of)
+        return self.is_log or any(each is not None for each in shown)
 
 
 def _value(show: Show, write: Write | None = None, *, of_clones: bool = False) -> ControlFile:
@@ -149,16 +161,22 @@ def _status_json(control: Control, where: Where) -> str:
     return render.status_json(control.system.volume, control.groups(), control.system.recovery)
 
 
-def _refuse_reserved(text: str, files: dict[str, ControlFile], later: frozenset[str]) -> None:
-    """A group or clone has a directory beside the control files: it cannot have the name of one,
-    nor of one that the contract names for later."""
+async def _metrics(control: Control) -> Callable[[], Iterator[bytes]]:
+    mount = metrics.MountMetrics(
+        control.system, control.mountpoint, control.started, dict(control.commands)
+    )
+    return await metrics.snapshot(mount)
+
+
+def _refuse_reserved(text: str, files: dict[str, ControlFile]) -> None:
+    """A group or clone has a directory beside the control files: it cannot have the name of one."""
     name = commands.words(text)[0]
-    if name in files or name in later:
+    if name in files:
         raise invalid(f"{name!r} is the name of a control file: choose another")
 
 
 async def _add_group(control: Control, where: Where, text: str) -> None:
-    _refuse_reserved(text, TOP, frozenset({"metrics"}))
+    _refuse_reserved(text, TOP)
     await commands.add_group(control.system, text)
 
 
@@ -178,7 +196,7 @@ async def _copy(control: Control, where: Where, text: str) -> None:
 
 
 async def _add_clone(control: Control, where: Where, text: str) -> None:
-    _refuse_reserved(text, GROUP, frozenset())
+    _refuse_reserved(text, GROUP)
     await commands.add_clone(control.system, where[0], text)
 
 
@@ -201,7 +219,8 @@ TOP: dict[str, ControlFile] = {
             control.groups(), control.volume_error(), control.system.recovery
         )
     ),
-    "status.json": ControlFile(_status_json),
+    "status.json": ControlFile(_status_json, telling=render.without_host_io),
+    "metrics": ControlFile(pieces_of=_metrics),
     "events": ControlFile(is_log=True),
     "error": _value(_error),
     "add_group": ControlFile(write=_add_group),

@@ -18,6 +18,7 @@ import trio
 
 from clonefs.engines import ReadOnlySystem, Recorder, StorageSystem
 from clonefs.errors import ClonefsError, busy, failed
+from clonefs.fuse.complaints import Complaints
 from clonefs.fuse.control import Control
 from clonefs.fuse.operations import Operations
 from clonefs.fuse.options import MountOptions, parse_options
@@ -25,6 +26,7 @@ from clonefs.fuse.render import timestamp
 from clonefs.fuse.session import Session
 from clonefs.fuse.tree import SOURCE, Tree
 from clonefs.fuse.watch import Watch
+from clonefs.logs import set_level
 from clonefs.units import LogicalUnit, file_under, open_backing
 from clonefs.volume import MetadataVolume, open_volume
 
@@ -38,6 +40,7 @@ def serve(meta: Path, mountpoint: Path, options: str, on_ready: Callable[[], Non
     Raises ClonefsError for whatever keeps it from mounting, or from closing cleanly.
     """
     parsed = parse_options(options, uid=os.getuid(), gid=os.getgid())
+    set_level(parsed.log)
     volume = open_volume(meta.absolute(), read_only=parsed.read_only)
     daemon = Daemon(volume, mountpoint.absolute(), parsed, on_ready)
     try:
@@ -70,6 +73,7 @@ class Daemon:
         self._device: int | None = None
         self._stale: set[tuple[str, str]] = set()
         self._stale_event = trio.Event()
+        self._complaints = Complaints()
         kind = ReadOnlySystem if volume.read_only else StorageSystem
         self._system = kind(
             Recorder(volume),
@@ -78,10 +82,11 @@ class Daemon:
             wall_clock=time.time,
             on_event=self._event,
             on_change=self._changed,
+            on_error=self._complaints.complain,
         )
         self._session = Session()
         self._watch = Watch()
-        self._control = Control(self._system, self._in_use)
+        self._control = Control(self._system, self._in_use, str(mountpoint))
         self._tree = Tree(self._system, self._control, options, time.time_ns())
         self._operations = Operations(
             self._tree, self._control, options, self._opened_with_truncation, self._watch
@@ -91,6 +96,7 @@ class Daemon:
         """Serve, and close whatever happens."""
         async with trio.open_nursery() as nursery:
             try:
+                nursery.start_soon(self._complaints.run)
                 await self._system.start(nursery)
                 async with self._mounted():
                     nursery.start_soon(self._end_on_signals)

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from time import perf_counter_ns
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import pyfuse3
@@ -25,16 +26,17 @@ from pyfuse3 import (
     ModeT,
 )
 
-from clonefs.engines import HostLu, past_the_end
-from clonefs.errors import ClonefsError
+from clonefs.engines import HostLu, Tally, past_the_end
+from clonefs.errors import ClonefsError, DeviceError
 from clonefs.fuse.contents import (
     READABLE,
     WRITABLE,
     Content,
     EventReader,
-    ExtentList,
+    Pieces,
     Readiness,
     Text,
+    cpulist,
     encoded,
     snapshot,
 )
@@ -241,9 +243,12 @@ class Operations(pyfuse3.Operations):
             return EventReader(self._control.events)
         if control.map_of is not None:
             bits, extents = control.map_of(self._control, node.where)
-            return ExtentList(await snapshot(bits), extents)
+            return Pieces(functools.partial(cpulist, await snapshot(bits), extents))
+        if control.pieces_of is not None:
+            return Pieces(await control.pieces_of(self._control))
         assert control.show is not None
-        return Text(functools.partial(self._show, node, control.show))
+        show = functools.partial(self._show, node, control.show)
+        return Text(show) if control.telling is None else Text(show, control.telling)
 
     def _show(self, node: Node, show: Show) -> str | None:
         """The text of a file now, or None if it is gone, or another one by now."""
@@ -277,7 +282,8 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         handle = self._lus.get(fh)
         if handle is not None:
-            await handle.lu.flush()
+            with handle.lu.counters.flush.timed():
+                await handle.lu.flush()
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]
         handle = self._lus.get(fh)
@@ -287,13 +293,17 @@ class Operations(pyfuse3.Operations):
         length = min(size, lu.size - off)
         if length <= 0:
             return b""
+        started = perf_counter_ns()
         try:
             data = lu.read_now(off, length)
-            return await lu.read(off, length) if data is None else data
+            if data is None:
+                data = await lu.read(off, length)
         except ClonefsError as error:
-            self._failed(handle, "read", off, error)
+            self._failed(handle, lu.counters.read, "read", off, error)
         except Exception:
             _broken("read")
+        lu.counters.read.done(length, perf_counter_ns() - started)
+        return data
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         handle = self._lus.get(fh)
@@ -301,6 +311,7 @@ class Operations(pyfuse3.Operations):
             return await self._write_control(fh, buf)
         lu = handle.lu
         length = len(buf)
+        started = perf_counter_ns()
         try:
             if off + length > lu.size:
                 length = lu.size - off
@@ -312,15 +323,19 @@ class Operations(pyfuse3.Operations):
             if handle.sync:
                 await lu.flush()
         except ClonefsError as error:
-            self._failed(handle, "write", off, error)
+            self._failed(handle, lu.counters.write, "write", off, error)
         except Exception:
             _broken("write")
+        lu.counters.write.done(length, perf_counter_ns() - started)
         return length
 
-    def _failed(self, handle: LuHandle, verb: str, off: int, error: ClonefsError) -> NoReturn:
-        if error.errno == errno.EIO:
-            log.warning("%s/%s: %s at %d: %s", handle.group, handle.name, verb, off, error.reason)
-        self._control.system.device_failed(handle.group, error)
+    def _failed(
+        self, handle: LuHandle, tally: Tally, verb: str, off: int, error: ClonefsError
+    ) -> NoReturn:
+        if error.errno == errno.EIO or isinstance(error, DeviceError):
+            tally.errors += 1
+            request = f"{verb} at {off}"
+            self._control.system.request_failed(handle.group, handle.name, request, error)
         raise FUSEError(error.errno) from None
 
     # Control files
@@ -421,11 +436,14 @@ class Operations(pyfuse3.Operations):
         except Exception:
             _broken(f"the command in {'/'.join(node.path)}")
         self._control.errors.pop(node.where, None)
+        self._control.commands["done"] += 1
         return len(buf)
 
     def _refused(self, where: tuple[str, ...], error: ClonefsError) -> NoReturn:
         """Leave the sentence in the `error` file of the directory."""
         self._control.errors[where] = error.reason
+        self._control.commands["refused"] += 1
+        log.debug("%s: refused: %s", "/".join(("control", *where)), error.reason)
         raise FUSEError(error.errno) from None
 
     # What the tree does not have

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from clonefs.errors import ClonefsError, invalid
+from clonefs.logs import LEVELS
 
 # Taken by the kernel as for every file system, so passed on as they are.
 _KERNEL = frozenset({"allow_other", "nosuid", "nodev", "noexec", "noatime"})
@@ -21,6 +22,7 @@ EXPLAINED = {
     "nopoll": "Never ask whether a file is ready: faster where programs use io_uring on LU files, but "
     "poll(2) and select do not wait for changes of control files.",
     "poll": "The opposite, as it is if neither is given.",
+    "log=": "What is logged: debug, info, warning or error; info if not given.",
     "nosuid": "No set-user-ID bits; set in any case.",
     "nodev": "No device files; set in any case.",
     "noexec": "Nothing can be executed.",
@@ -33,8 +35,8 @@ EXPLAINED = {
 class MountOptions:
     """`uid` and `gid` own every file; `umask` takes permissions away; `cached` lets the kernel keep
     pages of Sources (docs/decisions/kernel-cache.md); without `poll` the kernel never asks whether a
-    file is ready (docs/decisions/poll.md); `read_only` changes nothing on disk; `kernel` is passed
-    on."""
+    file is ready (docs/decisions/poll.md); `read_only` changes nothing on disk; `log` is the level of
+    the log; `kernel` is passed on."""
 
     uid: int
     gid: int
@@ -42,6 +44,7 @@ class MountOptions:
     cached: bool = False
     poll: bool = True
     read_only: bool = False
+    log: str = "info"
     kernel: frozenset[str] = frozenset()
 
 
@@ -63,6 +66,8 @@ def parse_options(text: str, *, uid: int, gid: int) -> MountOptions:
                 options = replace(options, poll=name == "poll")
             case "ro" | "rw" if not equals:
                 options = replace(options, read_only=name == "ro")
+            case "log" if equals:
+                options = replace(options, log=_level(option, value))
             case _ if name in _KERNEL and not equals:
                 options = replace(options, kernel=options.kernel | {name})
             case _ if name in _IGNORED and not equals:
@@ -80,6 +85,12 @@ def _number(option: str, value: str, base: int) -> int:
     if number < 0:
         raise invalid(f"mount option {option!r} has no number as its value")
     return number
+
+
+def _level(option: str, value: str) -> str:
+    if value not in LEVELS:
+        raise invalid(f"mount option {option!r} has no level: there are {', '.join(LEVELS)}")
+    return value
 
 
 def _unknown(option: str) -> ClonefsError:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -122,6 +123,14 @@ def status_json(
     return json.dumps(status, indent=2) + "\n"
 
 
+_HOST_IO = re.compile(r'\n *"host_io": \{[^}]*\},')
+
+
+def without_host_io(status: str) -> str:
+    """status.json without what changes with every request: nobody wants to be woken by that."""
+    return _HOST_IO.sub("", status)
+
+
 def _group_json(group: GroupStatistics) -> dict[str, Any]:
     restore = group.restore
     return {
@@ -143,6 +152,7 @@ def _group_json(group: GroupStatistics) -> dict[str, Any]:
             "cod_copies": restore.cod_copies,
             "cod_queue": restore.cod_queue,
         },
+        "host_io": asdict(group.host_io),
         "clones": {clone.name: _clone_json(clone) for clone in group.clones},
     }
 
@@ -158,5 +168,6 @@ def _clone_json(clone: CloneStatistics) -> dict[str, Any]:
         "fractured_at": timestamp(clone.fractured_at),
         "written": clone.written,
         "verify": None if clone.verify is None else asdict(clone.verify),
+        "host_io": asdict(clone.host_io),
         "error": clone.error,
     }

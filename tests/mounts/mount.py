@@ -449,8 +449,11 @@ class Mount:
         return Control(self.mountpoint / "control" / name.lstrip("/"))
 
     def status(self) -> dict[str, Any]:
-        """What status.json says."""
+        """What status.json says, but for what hosts have done: tests look at LUs all the time."""
         status: dict[str, Any] = json.loads(self.control("status.json").read())
+        for group in status["groups"].values():
+            for lu in (group, *group["clones"].values()):
+                del lu["host_io"]
         return status
 
     def _errors_near(self, place: str) -> dict[str, str]:

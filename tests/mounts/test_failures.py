@@ -685,6 +685,7 @@ def make_room(where: Path) -> None:
 
 def test_a_full_disk_under_a_source(mount: Mount, tiny: Path) -> None:
     """Hosts get ENOSPC, as from a file on that disk; the mirror stays equal."""
+    mount.expect_in_log("thin/source: write at .*: no space left")
     group = Group(mount, "thin", tiny / "source.img")
     mount.control("add_group").write(f"thin {group.backing} size={SIZE}")
     clone = Clone(group, "nightly", mount.work / "nightly.img")
