@@ -66,7 +66,7 @@ def bare(cell: str) -> str:
     return cell.strip().strip("`")
 
 
-def first_block(text: str, heading: str, language: str = "") -> str:
+def first_block(text: str, heading: str, language: str) -> str:
     """The first fenced block below a heading."""
     after = text[text.index(f"\n{heading}\n") :]
     found = re.search(rf"^```{language}\n(.*?)^```$", after, re.MULTILINE | re.DOTALL)
@@ -189,7 +189,7 @@ def test_every_mount_option_is_documented() -> None:
 
 def example_bytes() -> bytearray:
     """The volume of the example, as far as the page shows it."""
-    dump = first_block(page("data-format.md"), "## An example")
+    dump = first_block(page("data-format.md"), "## An example", "sample")
     volume = bytearray(1 << 20)
     for line in dump.splitlines():
         found = re.match(r"([0-9a-f]{8})  ((?:[0-9a-f]{2} +){16})", line)
