@@ -7,9 +7,11 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 
+from clonefs.cli import main
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.recovery import Recovery
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, RestoreStatistics
@@ -182,6 +184,19 @@ def test_every_mount_option_is_documented() -> None:
     assert documented == set(known)
     for name in re.findall(r"`([a-z_]+)`", text.split("\n\n")[-1]):
         options.parse_options(name, uid=0, gid=0)
+
+
+# commands.md
+
+
+def test_every_command_has_its_row() -> None:
+    rows = cells(tables(section(page("commands.md"), "# Commands"))[0])[1:]
+    usages = {bare(row[0]).split()[1]: bare(row[0]) for row in rows}
+    assert usages.keys() == main.commands.keys()
+    for name, usage in usages.items():
+        words = [word.strip("[].") for word in usage.split()[2:]]
+        taken = [each for each in main.commands[name].params if isinstance(each, click.Argument)]
+        assert len(words) == len(taken), usage
 
 
 # data-format.md

@@ -27,7 +27,7 @@ from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
 from clonefs.cli.verify import verify
-from clonefs.cli.volume import format_
+from clonefs.cli.volume import format_, grow
 from clonefs.errors import ClonefsError
 
 __all__ = ["main"]
@@ -98,5 +98,6 @@ for _command in (
     verify,
     dump,
     check,
+    grow,
 ):
     main.add_command(_command)

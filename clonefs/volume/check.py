@@ -128,7 +128,7 @@ def _examine(medium: Medium, boot_id: str) -> Iterator[Finding]:
         yield _wrong(
             Fault.CUT_SHORT,
             "the volume",
-            f"it has been cut short: it has {medium.size} bytes and was formatted with "
+            f"it has been cut short: it has {medium.size} bytes and should have "
             f"{contents.superblock.size}",
         )
         return
