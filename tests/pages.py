@@ -21,6 +21,7 @@ _VARYING = (
     (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID"),
     (r"/dev/loop\d+", "/dev/loopN"),
     (r"/\S*/tmp\.\w{10}", "/tmp/tmp.XXXXXXXXXX"),
+    (r"(?m)^\S+: line \d+: ", "bash: "),  # as bash says it to a person
     (r"[ \t]+", " "),  # a column is as wide as what is in it
 )
 
