@@ -315,17 +315,39 @@ def test_the_limits_are_those_of_the_layout() -> None:
 # All pages
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def links(text: str) -> list[str]:
+    """The files that a page points to."""
+    return re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that its headings have as targets of links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
 def test_links_and_names_lead_somewhere(path: Path) -> None:
     text = path.read_text()
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for link in links(text):
         assert (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#([^)]*)\)", text):
+        target = path.parent / link if link else path
+        assert anchor in anchors(target.read_text()), f"{link}#{anchor}"
     for name in re.findall(r"`((?:clonefs|tests|mount-helpers)/[\w./-]*)(?:::[\w.]+)?`", text):
         assert (ROOT / name).exists(), name
     for name, what in re.findall(r"`([\w./-]+\.py)::([\w.]+)`", text):
         source = (ROOT / name).read_text()
         for part in what.split("."):
             assert re.search(rf"^\s*(?:async )?(?:def|class) {part}\b", source, re.MULTILINE), what
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = {(DOCS / link).resolve() for link in links(page("README.md"))}
+    decisions = DOCS / "decisions"
+    assert decisions in listed
+    missing = {each for each in PAGES if each.parent != decisions} - listed
+    assert missing == {DOCS / "README.md"}
 
 
 def test_every_layer_and_every_test_has_its_place() -> None:
