@@ -1,5 +1,6 @@
 """The pages under docs/ say what the code does: names, tables and examples are compared with it."""
 
+import ast
 import json
 import re
 import struct
@@ -197,6 +198,33 @@ def test_every_command_has_its_row() -> None:
         words = [word.strip("[].") for word in usage.split()[2:]]
         taken = [each for each in main.commands[name].params if isinstance(each, click.Argument)]
         assert len(words) == len(taken), usage
+
+
+# errors.md
+
+
+def texts_of_the_code() -> list[str]:
+    """Each text of the code; a null character stands for each value that it is filled with."""
+    found = []
+    for file in (ROOT / "clonefs").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    each.value if isinstance(each, ast.Constant) else "\0" for each in node.values
+                )
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_what_is_said_is_what_the_code_says() -> None:
+    sentences = "\n".join(text.replace("\n", " ") for text in texts_of_the_code())
+    rows = [row for table in tables(page("errors.md")) for row in cells(table)[1:]]
+    assert len(rows) > 20
+    for said, _ in rows:
+        pieces = (re.escape(piece) for piece in bare(said).split("..."))
+        assert re.search(".*".join(pieces), sentences), said
 
 
 # data-format.md
