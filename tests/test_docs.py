@@ -200,6 +200,18 @@ def test_every_command_has_its_row() -> None:
         assert len(words) == len(taken), usage
 
 
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_commands_within_sentences_are_commands(path: Path) -> None:
+    for command in re.findall(r"`(clonefs [^`]+)`", path.read_text()):
+        name, *words = command.split()[1:]
+        if name.startswith("-") or name.isupper():
+            continue  # of clonefs itself, or any of them
+        assert name in main.commands, command
+        known = {each for parameter in main.commands[name].params for each in parameter.opts}
+        given = {word.strip("[],.").partition("=")[0] for word in words if re.match(r"\[?-", word)}
+        assert given <= known | {"--help"}, command
+
+
 # errors.md
 
 
