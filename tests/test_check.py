@@ -911,3 +911,16 @@ def test_live_maps_that_were_overwritten_after_a_clean_end(path: Path) -> None:
     group = recovery.load(volume, volume.record.groups[0]).group
     assert extent_list(group.clones["nightly"].delta) == "3-5,4000"
     volume.close(clean=False)
+
+
+def test_live_maps_that_were_overwritten_are_no_help_for_a_map_that_both_copies_have_lost(
+    path: Path,
+) -> None:
+    meta = damage_both(a_volume(path, in_a_restore))
+    assert "goes on with the restore" in meta.only(THEN).text
+    meta.put(meta.group.protected.offset, b"XX")
+    assert [finding.fault for finding in meta.examine(THEN)] == [
+        Fault.LIVE_MAPS,
+        Fault.PROTECTED_SECTOR,
+    ]
+    assert "can only be started again" in meta.examine(THEN)[1].text

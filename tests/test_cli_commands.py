@@ -313,7 +313,7 @@ def test_version() -> None:
 
 def test_every_command_is_listed_and_has_a_help_text() -> None:
     listing = run("--help").output
-    assert len(main.commands) == 19
+    assert len(main.commands) == 20
     for name, command in main.commands.items():
         start = re.escape((command.short_help or "-")[:40])
         assert re.search(rf"^  {name} +{start}", listing, re.MULTILINE), name

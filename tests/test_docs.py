@@ -1,5 +1,6 @@
 """The pages under docs/ say what the code does: names, tables and examples are compared with it."""
 
+import ast
 import json
 import re
 import struct
@@ -8,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 
+from clonefs.cli import main
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.recovery import Recovery
 from clonefs.engines.statistics import (
@@ -72,7 +75,7 @@ def bare(cell: str) -> str:
     return cell.strip().strip("`")
 
 
-def first_block(text: str, heading: str, language: str = "") -> str:
+def first_block(text: str, heading: str, language: str) -> str:
     """The first fenced block below a heading."""
     after = text[text.index(f"\n{heading}\n") :]
     found = re.search(rf"^```{language}\n(.*?)^```$", after, re.MULTILINE | re.DOTALL)
@@ -197,12 +200,64 @@ def test_every_mount_option_is_documented() -> None:
         options.parse_options(name, uid=0, gid=0)
 
 
+# commands.md
+
+
+def test_every_command_has_its_row() -> None:
+    rows = cells(tables(section(page("commands.md"), "# Commands"))[0])[1:]
+    usages = {bare(row[0]).split()[1]: bare(row[0]) for row in rows}
+    assert usages.keys() == main.commands.keys()
+    for name, usage in usages.items():
+        words = [word.strip("[].") for word in usage.split()[2:]]
+        taken = [each for each in main.commands[name].params if isinstance(each, click.Argument)]
+        assert len(words) == len(taken), usage
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_commands_within_sentences_are_commands(path: Path) -> None:
+    for command in re.findall(r"`(clonefs [^`]+)`", path.read_text()):
+        name, *words = command.split()[1:]
+        if name.startswith("-") or name.isupper():
+            continue  # of clonefs itself, or any of them
+        assert name in main.commands, command
+        known = {each for parameter in main.commands[name].params for each in parameter.opts}
+        given = {word.strip("[],.").partition("=")[0] for word in words if re.match(r"\[?-", word)}
+        assert given <= known | {"--help"}, command
+
+
+# errors.md
+
+
+def texts_of_the_code() -> list[str]:
+    """Each text of the code; a null character stands for each value that it is filled with."""
+    found = []
+    for file in (ROOT / "clonefs").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    each.value if isinstance(each, ast.Constant) else "\0" for each in node.values
+                )
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_what_is_said_is_what_the_code_says() -> None:
+    sentences = "\n".join(text.replace("\n", " ") for text in texts_of_the_code())
+    rows = [row for table in tables(page("errors.md")) for row in cells(table)[1:]]
+    assert len(rows) > 20
+    for said, _ in rows:
+        pieces = (re.escape(piece) for piece in bare(said).split("..."))
+        assert re.search(".*".join(pieces), sentences), said
+
+
 # data-format.md
 
 
 def example_bytes() -> bytearray:
     """The volume of the example, as far as the page shows it."""
-    dump = first_block(page("data-format.md"), "## An example")
+    dump = first_block(page("data-format.md"), "## An example", "sample")
     volume = bytearray(1 << 20)
     for line in dump.splitlines():
         found = re.match(r"([0-9a-f]{8})  ((?:[0-9a-f]{2} +){16})", line)
@@ -313,17 +368,39 @@ def test_the_limits_are_those_of_the_layout() -> None:
 # All pages
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def links(text: str) -> list[str]:
+    """The files that a page points to."""
+    return re.findall(r"\]\(([^)#]+)[^)]*\)", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that its headings have as targets of links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
 def test_links_and_names_lead_somewhere(path: Path) -> None:
     text = path.read_text()
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+    for link in links(text):
         assert (path.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#]*)#([^)]*)\)", text):
+        target = path.parent / link if link else path
+        assert anchor in anchors(target.read_text()), f"{link}#{anchor}"
     for name in re.findall(r"`((?:clonefs|tests|mount-helpers)/[\w./-]*)(?:::[\w.]+)?`", text):
         assert (ROOT / name).exists(), name
     for name, what in re.findall(r"`([\w./-]+\.py)::([\w.]+)`", text):
         source = (ROOT / name).read_text()
         for part in what.split("."):
             assert re.search(rf"^\s*(?:async )?(?:def|class) {part}\b", source, re.MULTILINE), what
+
+
+def test_every_page_is_in_the_index() -> None:
+    listed = {(DOCS / link).resolve() for link in links(page("README.md"))}
+    decisions = DOCS / "decisions"
+    assert decisions in listed
+    missing = {each for each in PAGES if each.parent != decisions} - listed
+    assert missing == {DOCS / "README.md"}
 
 
 def test_every_layer_and_every_test_has_its_place() -> None:

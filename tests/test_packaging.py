@@ -101,7 +101,7 @@ def test_the_wheel_has_the_program_and_what_the_machine_needs(wheel: Path) -> No
 def test_the_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         info = f"clonefs-{clonefs.__version__}.dist-info"
-        metadata = email.message_from_bytes(file.read(f"{info}/METADATA"))
+        metadata = email.message_from_string(file.read(f"{info}/METADATA").decode())
         entry_points = file.read(f"{info}/entry_points.txt").decode().split()
     assert wheel.name == f"clonefs-{clonefs.__version__}-py3-none-any.whl"
     assert metadata["Version"] == clonefs.__version__

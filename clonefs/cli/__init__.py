@@ -29,7 +29,7 @@ from clonefs.cli.mount import mount, umount
 from clonefs.cli.offline import check, dump
 from clonefs.cli.status import status
 from clonefs.cli.verify import verify
-from clonefs.cli.volume import format_
+from clonefs.cli.volume import format_, grow
 from clonefs.errors import ClonefsError
 
 __all__ = ["main"]
@@ -40,7 +40,7 @@ SECTIONS = {
     "Groups and clones": (add_group, add_clone, remove_clone, remove_group),
     "Copies": (sync, fracture, restore, reverse_sync, wait),
     "What there is": (status, map_, verify),
-    "A volume that is not mounted": (check, dump),
+    "A volume that is not mounted": (check, dump, grow),
     "This machine": (install, completion),
 }
 _WIDEST_NAME = 14

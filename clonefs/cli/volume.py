@@ -1,4 +1,4 @@
-"""format: make a metadata volume, the only thing that is needed before the first mount."""
+"""format and grow: make a metadata volume, and make it larger."""
 
 from pathlib import Path
 
@@ -24,3 +24,22 @@ def format_(meta: Path, size: str | None, force: bool) -> None:
     from clonefs.volume import format_volume
 
     format_volume(meta, size=None if size is None else parse_size(size), force=force)
+
+
+@click.command()
+@click.argument("meta", type=arguments.file)
+@click.option("--size", metavar="SIZE", help="Its new size; else all of its file or block device.")
+def grow(meta: Path, size: str | None) -> None:
+    """Make the metadata volume META larger, while it is not mounted.
+
+    Groups, clones and maps stay as they are, and there is room for more. A file is made longer; a block
+    device has to be larger already.
+
+    \b
+    Example:
+      clonefs grow /var/lib/clonefs.meta --size 256M
+    """
+    from clonefs.extents import parse_size
+    from clonefs.volume import grow_volume
+
+    grow_volume(meta, size=None if size is None else parse_size(size))

@@ -341,7 +341,9 @@ def open_backing(
     try:
         kind = path.stat().st_mode
     except FileNotFoundError:
-        raise missing(f"{path} does not exist (a Source is created if size= is given)") from None
+        raise missing(
+            f"{path} does not exist: to have a Source created, give its size (size=10G, or --size 10G)"
+        ) from None
     except OSError as error:
         raise _refused(path, error) from error
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):

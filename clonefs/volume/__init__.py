@@ -6,6 +6,7 @@ restores belongs here. docs/data-format.md has the picture of the layout.
 """
 
 from clonefs.volume.durable import DurableMap
+from clonefs.volume.growth import grow_volume
 from clonefs.volume.layout import DEFAULT_SIZE, MINIMUM_SIZE, Superblock
 from clonefs.volume.medium import FileMedium, Medium
 from clonefs.volume.record import CloneRecord, CloneState, GroupRecord, MapSlot, Record, SplitBy
@@ -33,6 +34,7 @@ __all__ = [
     "Superblock",
     "format_medium",
     "format_volume",
+    "grow_volume",
     "open_volume",
     "was_closed_cleanly",
 ]

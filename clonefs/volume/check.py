@@ -128,7 +128,7 @@ def _examine(medium: Medium, boot_id: str) -> Iterator[Finding]:
         yield _wrong(
             Fault.CUT_SHORT,
             "the volume",
-            f"it has been cut short: it has {medium.size} bytes and was formatted with "
+            f"it has been cut short: it has {medium.size} bytes and should have "
             f"{contents.superblock.size}",
         )
         return
@@ -299,8 +299,9 @@ class _Group:
         self._medium = medium
         self._uuid = superblock.uuid
         self._clean = record.clean
-        self._trusted = trusted
         self._group = group
+        # Whether the next mount takes the live maps as they stand.
+        self._trusted = trusted and not self._overwritten()
         self._extents = Geometry(group.size, group.extent_size).extents
         self._restoring = next((c for c in group.clones if c.state is CloneState.RESTORING), None)
         self._starts = starts_of_maps(group.durable)
@@ -320,7 +321,7 @@ class _Group:
             yield _wrong(Fault.LIVE_MAPS, self._group.name, text)
         yield from self._delta_sectors()
         yield from self._protected_sectors()
-        if self._trusted and not self._overwritten():
+        if self._trusted:
             yield from self._live_maps()
         yield from self._missing_in_delta()
 

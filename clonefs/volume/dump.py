@@ -5,6 +5,7 @@ in its place, and what is only likely says so. It never changes anything, and it
 mount relies on.
 """
 
+import dataclasses
 import uuid as uuid_module
 from dataclasses import dataclass
 from typing import Any
@@ -82,9 +83,20 @@ def read_contents(medium: Medium) -> Contents:
     try:
         superblock = Superblock.unpack(page)
     except DamagedError as damage:
-        superblock, why = layout.plan(medium.size, page[12:28]), str(damage)
+        superblock, why = _guessed(medium, page), str(damage)
     first, second = (_read_slot(medium, superblock, number) for number in (0, 1))
     return Contents(superblock, why, (first, second))
+
+
+def _guessed(medium: Medium, page: bytes) -> Superblock:
+    """A superblock for a look at a volume that has none. Where its second record begins tells how large
+    each of them is, which in a volume that was grown does not follow from its size."""
+    planned = layout.plan(medium.size, page[12:28])
+    for size in range(layout.MINIMUM_RECORD_SIZE, layout.MAXIMUM_RECORD_SIZE + 1, PAGE):
+        at = PAGE + size
+        if medium.view[at : at + len(layout.RECORD_MAGIC)] == layout.RECORD_MAGIC:
+            return dataclasses.replace(planned, record_size=size)
+    return planned
 
 
 def _read_slot(medium: Medium, superblock: Superblock, number: int) -> RecordSlot:
@@ -205,7 +217,7 @@ def describe(medium: Medium, boot_id: str) -> dict[str, Any]:
 def _cut_short(medium: Medium, superblock: Superblock) -> str | None:
     if superblock.size <= medium.size:
         return None
-    return f"cut short: it has {medium.size} bytes and was formatted with {superblock.size}"
+    return f"cut short: it has {medium.size} bytes and should have {superblock.size}"
 
 
 def _group(medium: Medium, superblock: Superblock, group: GroupRecord) -> dict[str, Any]:

@@ -33,6 +33,7 @@ PAGE = 4096
 VERSION = 1
 DEFAULT_SIZE = 64 << 20
 MINIMUM_SIZE = 1 << 20
+MINIMUM_RECORD_SIZE = 64 << 10
 MAXIMUM_RECORD_SIZE = 16 << 20
 
 SUPERBLOCK_MAGIC = b"CLONEFS\0"
@@ -56,7 +57,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Superblock:
-    """What never changes after format. Sizes in bytes."""
+    """What format decides; only `size` changes later, when a volume is grown. Sizes in bytes."""
 
     uuid: bytes
     size: int
@@ -96,7 +97,7 @@ class Superblock:
 
 def plan(size: int, uuid: bytes) -> Superblock:
     """The superblock of a new volume of `size` bytes."""
-    record_size = min(max(64 << 10, size // 32 // PAGE * PAGE), MAXIMUM_RECORD_SIZE)
+    record_size = min(max(MINIMUM_RECORD_SIZE, size // 32 // PAGE * PAGE), MAXIMUM_RECORD_SIZE)
     return Superblock(uuid, size // PAGE * PAGE, record_size)
 
 
@@ -106,7 +107,8 @@ def pack_record(superblock: Superblock, generation: int, payload: bytes) -> byte
     if len(payload) > room:
         raise full(
             f"the metadata volume is full: its record of groups and clones would need "
-            f"{len(payload)} bytes and has {room}; format a larger volume"
+            f"{len(payload)} bytes and has {room}, as it was formatted; remove some, or give a second "
+            f"volume to the next ones"
         )
     return _record_header(superblock, generation, payload) + payload
 
@@ -176,7 +178,7 @@ def free_slot(superblock: Superblock, used: list[MapSlot], length: int) -> MapSl
     if start + length > superblock.size:
         raise full(
             f"the metadata volume is full: a map needs {length} bytes in one piece; remove a clone "
-            f"or a group, use larger extents, or format a larger volume"
+            f"or a group, use larger extents, or unmount it and make it larger (clonefs grow)"
         )
     return MapSlot(start, length)
 

@@ -6,6 +6,7 @@ that a bit costs no system call and outlives the daemon.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import os
@@ -219,6 +220,12 @@ class MetadataVolume:
             with self._committing:
                 raise self._break(error, "no state can change") from error
 
+    def extend(self, size: int) -> None:
+        """Let the superblock say that the volume has `size` bytes, which must be there, durably. Blocks.
+        What is new is used once the volume is opened again. Raises ClonefsError (EIO)."""
+        superblock = dataclasses.replace(self.superblock, size=size)
+        self.write_durably(0, superblock.pack())
+
     def conclude(self) -> None:
         """Say that all units are flushed and the maps are final. Blocks.
 
@@ -259,7 +266,7 @@ def _read_superblock(medium: Medium) -> Superblock:
         raise invalid(f"{medium.name}: {damage}") from damage
     if superblock.size > medium.size:
         raise invalid(
-            f"{medium.name} has been cut short: it has {medium.size} bytes and was formatted with "
+            f"{medium.name} has been cut short: it has {medium.size} bytes and should have "
             f"{superblock.size}"
         )
     return superblock

@@ -234,6 +234,13 @@ def test_writing_to_a_fractured_clone_leaves_the_source_alone(shared: Mount) -> 
     assert_same(clone.path.read_bytes(), expected, "the clone")
 
 
+def test_programs_that_ask_read_an_lu_in_large_requests(shared: Mount) -> None:
+    group = shared.add_group()
+    clone = group.add_clone()
+    assert group.source.stat().st_blksize == clone.path.stat().st_blksize == 128 * KiB
+    assert group.control("status").path.stat().st_blksize == 4096
+
+
 def test_blocks_are_those_that_the_backing_holds(shared: Mount) -> None:
     group = shared.add_group(16 * MiB)
     write(group.source, 1 * MiB, noise("some", 1 * MiB))

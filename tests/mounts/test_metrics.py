@@ -232,7 +232,7 @@ def test_a_descriptor_shows_the_state_at_its_open(mount: Mount, busy: Group) -> 
 def command(number: int, mount: Mount, directory: Path) -> str:
     """A command of the page that is marked as tested, for this mount."""
     text = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
-    found: str = re.findall(r"<!-- tested -->\n```\n(.*?)```", text, re.DOTALL)[number]
+    found: str = re.findall(r"<!-- tested -->\n```[a-z ]*\n(.*?)```", text, re.DOTALL)[number]
     assert "/srv/clonefs" in found
     return found.replace("/srv/clonefs", str(mount.mountpoint)).replace(
         "/var/lib/prometheus/node-exporter", str(directory)

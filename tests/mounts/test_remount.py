@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from clonefs.volume import grow_volume
 from tests.mounts.mount import (
     EXTENT,
     Clone,
@@ -348,3 +349,29 @@ def test_a_backing_that_is_no_good_any_more_is_faulted(mount: Mount, kind: str) 
     mount.start()
     assert clone.control("condition").read() == "administratively-fractured"
     assert_same(clone.path.read_bytes(), GOOD, "the clone")
+
+
+def test_a_volume_that_was_grown_in_the_middle_of_a_restore(
+    mount: Mount, end: Callable[[Mount], None]
+) -> None:
+    group = mount.add_group(data=GOOD)
+    clone = group.add_fractured()
+    write(group.source, 0, RUIN)
+    clone.rate(1)
+    clone.restore()
+    clone.wait_for_the_one_extent()
+    write(group.source, 9 * EXTENT, b"by a host")
+    maps, protected = clone.delta(), group.protected()
+    end(mount)
+
+    grow_volume(mount.meta, size=2 * mount.volume_size)
+    mount.start()
+    assert mount.status()["volume"]["size"] == 2 * mount.volume_size
+    assert (clone.state, group.protected()) == ("restoring", protected)
+    assert maps >= clone.delta() >= maps - {min(maps)}  # one more extent may have been copied
+    clone.rate("max")
+    clone.wait("fractured")
+    expected = bytearray(GOOD)
+    expected[9 * EXTENT : 9 * EXTENT + 9] = b"by a host"
+    assert_same(read(group.source, 0, SIZE), expected, "the Source")
+    assert clone.delta() == protected == {9}
