@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from clonefs.cli.guard import Result
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.recovery import Recovery
 from clonefs.engines.statistics import CloneStatistics, GroupStatistics, RestoreStatistics
@@ -182,6 +183,15 @@ def test_every_mount_option_is_documented() -> None:
     assert documented == set(known)
     for name in re.findall(r"`([a-z_]+)`", text.split("\n\n")[-1]):
         options.parse_options(name, uid=0, gid=0)
+
+
+# commands.md
+
+
+def test_every_result_of_a_frozen_fracture_is_documented() -> None:
+    text = page("commands.md")
+    table = next(rows for rows in tables(text) if bare(rows[0][0]) == "CLONEFS_RESULT")
+    assert [bare(row[0]) for row in table[1:]] == list(Result)
 
 
 # data-format.md
