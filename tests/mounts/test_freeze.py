@@ -62,6 +62,11 @@ def is_frozen(where: Path) -> bool:
     return found == errno.EBUSY
 
 
+# A test that has failed leaves some of these: then its file systems would be in use.
+GATES: "set[Gate]" = set()
+RUNNING: "set[Running]" = set()
+
+
 # What it is done to --------------------------------------------------------------------------------
 
 
@@ -110,6 +115,12 @@ class Production:
 
     def _thaw_at_last(self) -> None:
         """A test that has failed must not leave something that nobody can unmount."""
+        while GATES:
+            GATES.pop().give_up()
+        while RUNNING:
+            running = RUNNING.pop()
+            running.kill()
+            running.process.communicate()
         assert ask(self.where, FITHAW) == errno.EINVAL, f"{self.where} was left frozen"
 
 
@@ -139,15 +150,19 @@ class Done:
         return line.removeprefix("clonefs: ")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Running:
     """A command that is running."""
 
     process: "subprocess.Popen[str]"
 
+    def __post_init__(self) -> None:
+        RUNNING.add(self)
+
     def end(self) -> Done:
         """What has become of it, once it has ended."""
         out, err = self.process.communicate(timeout=DEADLINE_S)
+        RUNNING.discard(self)
         return Done(self.process.returncode, out, err)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -187,6 +202,7 @@ class Gate:
 
     def __init__(self, work: Path, name: str) -> None:
         self._come, self._go = work / f"{name}-come", work / f"{name}-go"
+        GATES.add(self)
         os.mkfifo(self._come)
         os.mkfifo(self._go)
         self.command = f"echo $CLONEFS_RESULT > '{self._come}'; read -r word < '{self._go}'"
@@ -215,6 +231,13 @@ class Gate:
         assert fd is not None
         os.write(fd, b"go\n")
         os.close(fd)
+        GATES.discard(self)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more, nor does it."""
+        for path in (self._come, self._go):
+            fd = os.open(path, os.O_RDWR)  # wakes who waits for the other end
+            os.write(fd, b"go\n")  # and stays open, so that it is read
 
 
 def note(path: Path) -> str:
