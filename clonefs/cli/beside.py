@@ -45,7 +45,9 @@ class Line:
         try:
             message = self._end.recv(_LONGEST)
         except ConnectionResetError:
-            return None
+            # The other end has gone without hearing our last message. Its own are still here, and
+            # the error comes only once.
+            message = self._end.recv(_LONGEST)
         return json.loads(message) if message else None
 
     def hang_up(self) -> None:

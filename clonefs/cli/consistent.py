@@ -89,6 +89,7 @@ def fracture(order: Order) -> Report:
         _check_synchronized(place)
     with opened(order.mountpoints) as file_systems:
         _check_ground(order.places[0], file_systems)
+        _note_what_is_elsewhere(order.places, file_systems)
         hooks = Hooks(order.before, order.after, "\n".join(map(str, order.places)))
         sys.dont_write_bytecode = True  # what is written may be on what is frozen
         writer = beside.start(lambda line: _write(line, file_systems, *order.write))
@@ -154,6 +155,22 @@ def _check_ground(place: tree.Place, file_systems: Sequence[FileSystem]) -> None
                     f"{later.mountpoint} lies on a file of {where}, and could not be frozen after "
                     "it: name it first"
                 )
+
+
+def _note_what_is_elsewhere(
+    places: Sequence[tree.Place], file_systems: Sequence[FileSystem]
+) -> None:
+    """A wrong mount point would go unnoticed. It is no error: how a Source comes to be under a file
+    system cannot always be seen (by a network, from a virtual machine)."""
+    sources = {str(tree.Place(each.mountpoint, each.group, tree.SOURCE)) for each in places}
+    for file_system in file_systems:
+        where = file_system.mountpoint
+        if not sources & set(map(str, ground.below(where).files)):
+            click.echo(
+                f"clonefs: note: {where} is not on {' or '.join(sorted(sources))}, as far as can be "
+                "seen: is it the right one?",
+                err=True,
+            )
 
 
 def _files_needed(report: Any) -> Iterator[tuple[str, Path]]:

@@ -67,6 +67,14 @@ GATES: "set[Gate]" = set()
 RUNNING: "set[Running]" = set()
 
 
+NOTE = "clonefs: note: "
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of somebody else has."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+
+
 # What it is done to --------------------------------------------------------------------------------
 
 
@@ -125,6 +133,12 @@ class Production:
 
 
 @pytest.fixture
+def mount(shared: Mount) -> Mount:
+    """Nothing is done to the daemon of these."""
+    return shared
+
+
+@pytest.fixture
 def production(mount: Mount, cleanup: contextlib.ExitStack) -> Production:
     """An ext4 on a Source."""
     return Production(mount, cleanup)
@@ -145,8 +159,7 @@ class Done:
     def refusal(self) -> str:
         """The sentence of a command that has failed."""
         assert (self.status, self.out) == (1, ""), self
-        line, end, rest = self.err.partition("\n")
-        assert (end, rest) == ("\n", ""), self
+        (line,) = [each for each in self.err.splitlines() if not each.startswith(NOTE)]
         return line.removeprefix("clonefs: ")
 
 
@@ -346,7 +359,7 @@ def test_what_is_in_the_clone_is_clean(
             done = freeze(production).end()
             after = writer.last + 1
             writer.go_on(60)
-            assert done.status == 0, done
+            assert (done.status, done.err) == (0, "")
             assert done.out.startswith(f"{clone.path} fractured; {production.where} frozen for ")
             assert done.out.endswith(" ms\n")
             assert not needs_replay(clone, disk)
@@ -551,6 +564,10 @@ def test_the_file_system_of_a_backing_is_not_frozen(
     assert f"{inner} lies on a file of {outer}" in refusal
     done = start(production.clone.path, "--freeze", inner, "--freeze", outer).end()
     assert done.status == 0, done
+    source = production.clone.group.source
+    assert [line.split(", as far")[0] for line in done.err.splitlines()] == [
+        f"{NOTE}{where} is not on {source}" for where in (inner, outer)
+    ]
 
 
 def test_the_file_system_of_a_subvolume_with_a_backing_is_not_frozen(
@@ -697,7 +714,7 @@ def test_killed_while_it_is_frozen(held_up: HeldUp) -> None:
     command = held_up.start()
     command.kill()
     held_up.wait_for_after("interrupted")
-    assert command.end() == Done(-signal.SIGKILL, "", "")
+    assert command.end().status == -signal.SIGKILL
     held_up.go_on()
 
 
@@ -709,7 +726,7 @@ def test_ended_while_it_is_frozen(held_up: HeldUp, number: signal.Signals) -> No
     held_up.wait_for_after("interrupted")
     done = command.end()
     assert done.status == 128 + number
-    assert done.err.startswith(f"clonefs: interrupted; {UNDER_WAY}")
+    assert f"clonefs: interrupted; {UNDER_WAY}" in done.err
     held_up.go_on()
 
 
@@ -755,6 +772,28 @@ def test_a_fracture_after_the_limit_is_no_clean_copy(held_up: HeldUp) -> None:
     refusal = command.end().refusal
     assert "has been thawed; " in refusal
     assert "has been fractured, but perhaps when it was not frozen any more" in refusal
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_what_counts_is_when_the_fracture_was_done(held_up: HeldUp, in_time: bool) -> None:
+    """Not when the command hears of it: it is stopped for a while, and the limit ends meanwhile."""
+    command = held_up.start("--freeze-limit", "5" if in_time else "0.3")
+    writer, _ = command.beside
+    command.kill(signal.SIGSTOP)
+    if in_time:
+        held_up.go_on()
+        wait_for(lambda: has_ended(writer), "for the writer")
+        assert is_frozen(held_up.production.where)
+    assert held_up.after.wait() == "limit"
+    if not in_time:
+        held_up.go_on()
+    held_up.after.open()
+    command.kill(signal.SIGCONT)
+    done = command.end()
+    if in_time:
+        assert done.status == 0, done
+    else:
+        assert "has been fractured, but perhaps when it was not frozen any more" in done.refusal
 
 
 def test_a_thaw_that_hangs_keeps_nobody_waiting(
