@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from clonefs.cli import main
+from clonefs.cli.guard import Result
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD
 from clonefs.engines.recovery import Recovery
 from clonefs.engines.statistics import (
@@ -250,6 +251,12 @@ def test_what_is_said_is_what_the_code_says() -> None:
     for said, _ in rows:
         pieces = (re.escape(piece) for piece in bare(said).split("..."))
         assert re.search(".*".join(pieces), sentences), said
+
+
+def test_every_result_of_a_frozen_fracture_is_documented() -> None:
+    text = page("commands.md")
+    table = next(rows for rows in tables(text) if bare(rows[0][0]) == "CLONEFS_RESULT")
+    assert [bare(row[0]) for row in table[1:]] == list(Result)
 
 
 # data-format.md

@@ -118,7 +118,7 @@ def main() -> None:
 
     A mount shows one directory for each clone group: the Source, which production runs on, and its
     Clones. Every command below only writes to or reads from the files under MOUNTPOINT/control, so
-    anything that it does, echo can do.
+    anything that it does, echo can do. (Only fracture --freeze does more: it freezes file systems.)
 
     \b
     Example, from nothing to a copy that can be restored:

@@ -84,7 +84,7 @@ class _Report:
         everybody else who comes to the mount point wait for the mount.
         """
         os.setsid()
-        _silence_standard_streams()
+        silence_standard_streams()
         self._say(_READY)
 
     def failure(self, code: int, reason: str) -> None:
@@ -129,7 +129,8 @@ def _leave_behind(keep: int) -> None:
                 os.close(descriptor)
 
 
-def _silence_standard_streams() -> None:
+def silence_standard_streams() -> None:
+    """Let go of them: whoever reads to their end must not wait for this process."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

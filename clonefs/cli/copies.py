@@ -49,35 +49,79 @@ def sync(clone: Path, then_fracture: bool, wait_too: bool) -> None:
     is_flag=True,
     help="Break off a restore or reverse sync from this clone: the Source stays mixed.",
 )
-def fracture(clones: tuple[Path, ...], force: bool) -> None:
+@click.option(
+    "--freeze",
+    "mountpoints",
+    metavar="MOUNTPOINT",
+    multiple=True,
+    type=arguments.directory,
+    help="Freeze the file system that is mounted there meanwhile. Several: in this order.",
+)
+@click.option("--before", metavar="COMMAND", help="Run this by sh before; if it fails, stop there.")
+@click.option("--after", metavar="COMMAND", help="Run this by sh after, whatever has come of it.")
+@click.option(
+    "--freeze-limit",
+    metavar="SECONDS",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    help="Thaw after this time in any case; 10 if not given.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what has been done for programs.")
+def fracture(
+    clones: tuple[Path, ...],
+    force: bool,
+    mountpoints: tuple[Path, ...],
+    before: str | None,
+    after: str | None,
+    freeze_limit: float,
+    as_json: bool,
+) -> None:
     """Split clones off from their Sources.
 
     A clone that is synchronized becomes a complete point-in-time copy. Several clones of one mount,
     of the same or of different groups, are split off at one and the same instant.
 
+    With --freeze the file systems on the Sources are frozen for that instant (milliseconds), so that
+    the copies are clean, and thawed whatever happens. --before and --after are for programs that
+    have to be told.
+
     \b
     Example, data and log of a database as they were together:
       clonefs fracture /mnt/data/nightly /mnt/log/nightly
+    Example, a clean copy of a file system in use:
+      clonefs fracture /mnt/payroll/nightly --freeze /srv/payroll
     """
     places = list(dict.fromkeys(map(tree.clone_at, clones)))
-    if len(places) == 1:
-        tree.command(places[0], "fracture", "force" if force else "1")
+    place, file, words = _fracture_write(places, force=force)
+    if not (mountpoints or before is not None or after is not None):
+        if as_json:
+            raise click.UsageError("--json goes with --freeze")
+        tree.command(place, file, *words)
     elif force:
-        raise click.UsageError("--force takes one clone at a time")
+        raise click.UsageError("--force goes with neither --freeze nor --before nor --after")
     else:
-        _fracture_together(places)
+        from clonefs.cli import consistent
+
+        order = consistent.Order(
+            places, (place, file, words), mountpoints, before, after, freeze_limit
+        )
+        consistent.fracture_and_say(order, as_json=as_json)
 
 
-def _fracture_together(places: list[tree.Place]) -> None:
+def _fracture_write(places: list[tree.Place], *, force: bool) -> tuple[tree.Place, str, list[str]]:
+    """What is to be written: where, to which file, which words."""
     first, *others = places
+    if not others:
+        return first, "fracture", ["force" if force else "1"]
+    if force:
+        raise click.UsageError("--force takes one clone at a time")
     for other in others:
         if other.mountpoint != first.mountpoint:
             raise invalid(
                 f"{first} and {other} are in different mounts: "
                 "only clones of one mount can be fractured at one instant"
             )
-    words = ["/".join(place.names) for place in places]
-    tree.command(tree.Place(first.mountpoint), "fracture", *words)
+    return tree.Place(first.mountpoint), "fracture", ["/".join(each.names) for each in places]
 
 
 @click.command()

@@ -23,12 +23,14 @@ _GONE = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 @dataclass(frozen=True)
 class MountEntry:
-    """One line of the mount table."""
+    """One line of the mount table. `source` is what was mounted, a device or only a name."""
 
     device: str
     root: str
     mountpoint: Path
     fstype: str
+    source: str = ""
+    number: int = 0
 
 
 def mounts() -> list[MountEntry]:
@@ -39,9 +41,26 @@ def mounts() -> list[MountEntry]:
 
 def _entry(line: str) -> MountEntry:
     place, _, kind = line.partition(" - ")
-    _, _, device, root, mountpoint, *_ = place.split(" ")
-    fstype, *_ = kind.split(" ")
-    return MountEntry(device, _unescape(root), Path(_unescape(mountpoint)), _unescape(fstype))
+    number, _, device, root, mountpoint, *_ = place.split(" ")
+    fstype, source, *_ = kind.split(" ")
+    where = Path(_unescape(mountpoint))
+    return MountEntry(
+        device, _unescape(root), where, _unescape(fstype), _unescape(source), int(number)
+    )
+
+
+def mount_of(path: Path) -> MountEntry | None:
+    """The mount that a path is in; None if it is in none of this table.
+
+    Not by st_dev: of a subvolume of Btrfs that is a number of its own, which is in no table.
+    """
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
+    finally:
+        os.close(descriptor)
+    (number,) = (int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+    return next((entry for entry in mounts() if entry.number == number), None)
 
 
 def _unescape(field: str) -> str:
