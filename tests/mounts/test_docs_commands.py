@@ -37,6 +37,7 @@ LANGUAGES = {
 # Commands of `sh elsewhere`, and the test that runs them, or why there is none.
 HELPERS = "tests/test_mount_helpers.py"
 PACKAGING = "tests/test_packaging.py"
+FREEZE = "tests/mounts/test_freeze.py"
 METRICS = "tests/mounts/test_metrics.py"
 PROM = "/var/lib/prometheus/node-exporter/clonefs.prom"
 TAKES_LONG = "takes minutes or more, and is for people"
@@ -69,6 +70,8 @@ ELSEWHERE = {
     "socat TCP-LISTEN:9733,bind=127.0.0.1,reuseaddr,fork EXEC:/usr/local/bin/clonefs-metrics": (
         "listens on a port of the machine; the script that it calls is run by a test"
     ),
+    "clonefs sync --wait /mnt/db/nightly": FREEZE,
+    "clonefs fracture /mnt/db/nightly --freeze /srv/db": FREEZE,
     "journalctl -t clonefs": "needs a running journald",
     "journalctl CLONEFS_MOUNTPOINT=/srv/clonefs CLONEFS_GROUP=payroll -p warning": (
         "needs a running journald"
