@@ -24,6 +24,7 @@ from clonefs.extents import ExtentMap
 from clonefs.group import Claim, Clone, CloneGroup, CodScoreboard, Route, transitions
 from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.testing import SCENARIOS, Blow, Plan, Simulation, plan_of, random_plan
+from clonefs.testing.world import SimulatedUnit
 from clonefs.units import Buffer, FlushFailure, LogicalUnit
 from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
 
@@ -100,6 +101,17 @@ def claims_do_not_hold(patch: Patch) -> None:
             return original(self, offset, length)
 
     patch.setattr(CloneGroup, "admit_write", admit)
+
+
+def rest_of_a_batch_counts(patch: Patch) -> None:
+    """L3: runs that were to be copied after one that failed count as copied."""
+    original = SimulatedUnit.copy_from
+
+    async def copy_from(self: SimulatedUnit, origin: Any, ranges: Any, *, share: bool) -> int:
+        await original(self, origin, ranges, share=share)
+        return len(ranges)
+
+    patch.setattr(SimulatedUnit, "copy_from", copy_from)
 
 
 def failed_copy_counts(patch: Patch) -> None:
@@ -585,6 +597,7 @@ MUTANTS: list[Mutant] = [
     overlapping_writes_pass,
     claims_do_not_hold,
     failed_copy_counts,
+    rest_of_a_batch_counts,
     cleared_before_the_copy,
     write_not_protected,
     protected_before_written,

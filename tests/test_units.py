@@ -54,7 +54,7 @@ async def test_holes_stay_holes(units: list[BackingUnit], tmp_path: Path) -> Non
     one, two = units
     await one.write(3 * MIB, pattern(MIB))
     await two.write(0, pattern(8 * MIB, 2))
-    await two.copy_from(one, 0, 8 * MIB, share=True)
+    await two.copy_from(one, [(0, 8 * MIB)], share=True)
     assert await two.read(0, 8 * MIB) == bytes(3 * MIB) + pattern(MIB) + bytes(4 * MIB)
     await two.flush()
     assert held(tmp_path / "two") <= MIB + 65536
@@ -66,7 +66,7 @@ async def test_a_copy_touches_nothing_else(units: list[BackingUnit]) -> None:
     one, two = units
     await one.write(0, pattern(8 * MIB))
     await two.write(0, pattern(8 * MIB, 2))
-    await two.copy_from(one, MIB + 512, 512 * 7, share=True)
+    await two.copy_from(one, [(MIB + 512, 512 * 7)], share=True)
     expected = bytearray(pattern(8 * MIB, 2))
     expected[MIB + 512 : MIB + 512 * 8] = pattern(8 * MIB)[MIB + 512 : MIB + 512 * 8]
     assert await two.read(0, 8 * MIB) == expected
@@ -81,7 +81,7 @@ async def test_a_copy_without_copy_file_range(
     monkeypatch.setattr(os, "copy_file_range", refused)
     one, two = units
     await one.write(MIB, pattern(3 * MIB))
-    await two.copy_from(one, 0, 8 * MIB, share=True)
+    await two.copy_from(one, [(0, 8 * MIB)], share=True)
     assert await two.read(0, 8 * MIB) == await one.read(0, 8 * MIB)
 
 
@@ -91,7 +91,7 @@ async def test_a_backing_that_was_cut_short_is_no_hole(units: list[BackingUnit])
     await two.write(0, pattern(8 * MIB, 2))
     os.truncate(one.name, 2 * MIB)
     with pytest.raises(DeviceError, match="cut it short") as caught:
-        await two.copy_from(one, 4 * MIB, MIB, share=True)
+        await two.copy_from(one, [(4 * MIB, MIB)], share=True)
     assert caught.value.unit == one.name
     with pytest.raises(DeviceError, match="cut it short"):
         await one.read(4 * MIB, 512)
@@ -129,7 +129,7 @@ async def test_whose_error_it_is(units: list[BackingUnit], monkeypatch: pytest.M
     monkeypatch.setattr(os, "copy_file_range", refused)
     monkeypatch.setattr(os, "preadv", bad_reads)
     with pytest.raises(DeviceError) as caught:
-        await two.copy_from(one, 0, MIB, share=True)
+        await two.copy_from(one, [(0, MIB)], share=True)
     assert (caught.value.unit, caught.value.errno) == (one.name, errno.EIO)
 
 

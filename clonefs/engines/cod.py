@@ -81,7 +81,7 @@ class CodEngine:
         if data is None:
             data = await clone.read(offset, length)
         if not any_byte(data):  # holes stay holes
-            await source.copy_from(clone, offset, length, share=False)
+            await source.copy_from(clone, [(offset, length)], share=False)
         elif not source.write_now(offset, data):
             await source.write(offset, data)
         return data

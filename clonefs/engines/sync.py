@@ -9,8 +9,6 @@ It must never copy what it has not claimed, nor wait for anything but the copy w
 hosts wait for claims, and so does every transition.
 """
 
-from functools import partial
-
 import trio
 
 from clonefs.engines.server import GroupServer
@@ -25,6 +23,7 @@ HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has 
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
 A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
 QUICK, SLOW = 0.002, 0.008  # seconds for a run: then the next one is longer, or shorter
+RUNS_AT_ONCE = 32
 PATIENCE = 0.25  # seconds' worth of `rate` to copy at a time
 ENOUGH_FAILURES = 64  # extents in one pass: the device is gone rather than bad in places
 RETRY_FIRST, RETRY_LAST = 1.0, 30.0  # seconds between passes over extents that cannot be copied
@@ -123,9 +122,9 @@ class SyncEngine:
             clone_now = self._group.clones.get(self._name)
             if clone_now is not clone or self._server.gate.held:
                 return
-            claim = None if self._failed >= ENOUGH_FAILURES else self._claim(clone)
-            if claim is not None:
-                await self._copy(claim, clone)
+            claims = [] if self._failed >= ENOUGH_FAILURES else self._claims(clone)
+            if claims:
+                await self._copy(claims, clone)
                 return
         await self._end_of_pass(clone)
 
@@ -157,32 +156,55 @@ class SyncEngine:
                 self._data_at = offset  # the copy will say it better
             self._hint_at = offset + HOLE_HINT_EVERY
 
-    def _claim(self, clone: Clone) -> Claim | None:
-        if clone.state in RESTORES:
-            return self._group.claim_restore(self._cursor, partial(self._most, clone))
-        return self._group.claim_sync(clone, self._cursor, partial(self._most, clone))
+    def _claims(self, clone: Clone) -> list[Claim]:
+        """The next runs to copy. Together they have at most as much data as one may have: where hosts
+        have been, runs are short, and each hand-over to a thread costs more than to copy one."""
+        claims: list[Claim] = []
+        cursor, left = self._cursor, self._group.geometry.extents
+        while left > 0 and len(claims) < RUNS_AT_ONCE:
+            claim = self._claim(clone, cursor, left)
+            if claim is None:
+                break
+            if claim.first << self._group.geometry.shift >= self._data_at:  # a hole costs nothing
+                left = min(left, self._most(clone, claim.first)) - (claim.stop - claim.first)
+            claims.append(claim)
+            cursor = claim.stop
+        return claims
 
-    async def _copy(self, claim: Claim, clone: Clone) -> None:
-        geometry = self._group.geometry
-        offset, length = geometry.bytes_of(claim.first, claim.stop)
-        copied = False
+    def _claim(self, clone: Clone, start: int, left: int) -> Claim | None:
+        def most(at: int) -> int:
+            return min(self._most(clone, at), left)
+
+        if clone.state in RESTORES:
+            return self._group.claim_restore(start, most)
+        return self._group.claim_sync(clone, start, most)
+
+    async def _copy(self, claims: list[Claim], clone: Clone) -> None:
+        bytes_of = self._group.geometry.bytes_of
+        ranges = [bytes_of(claim.first, claim.stop) for claim in claims]
+        done = 0
         failure: ClonefsError | None = None
         try:
-            await self._server.durability.cover(offset, length)
+            for each in ranges:
+                await self._server.durability.cover(*each)
             started = trio.current_time()
-            await self._target(clone).copy_from(
-                self._origin(clone), offset, length, share=not self._group.record.full_copies
+            done = await self._target(clone).copy_from(
+                self._origin(clone), ranges, share=not self._group.record.full_copies
             )
             self._transfer_took(trio.current_time() - started)
-            copied = True
         except ClonefsError as error:
             failure = error
         finally:
-            self._group.end_copy(claim, copied=copied)
+            for number, claim in enumerate(claims):
+                self._group.end_copy(claim, copied=number < done)
             self._server.wake()
         if failure is not None:
-            await self._copy_failed(claim, clone, failure)
+            await self._copy_failed(claims[0], clone, failure)
             return
+        for claim, (offset, length) in zip(claims[:done], ranges, strict=False):
+            self._copied(claim, clone, offset, length)
+
+    def _copied(self, claim: Claim, clone: Clone, offset: int, length: int) -> None:
         self._server.counts.sync += claim.stop - claim.first
         self._counts.copied(claim.stop - claim.first, length)
         self._cursor = claim.stop

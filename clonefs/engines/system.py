@@ -879,8 +879,8 @@ class StorageSystem:
                 return
             copied = False
             try:
-                offset, length = group.geometry.bytes_of(claim.first, claim.stop)
-                await target.copy_from(origin, offset, length, share=False)
+                extent = group.geometry.bytes_of(claim.first, claim.stop)
+                await target.copy_from(origin, [extent], share=False)
                 copied = True
             finally:
                 group.end_copy(claim, copied=copied)

@@ -13,12 +13,12 @@ between. That outlives a daemon, until the power goes.
 import errno
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
-from clonefs.errors import DeviceError, failed
+from clonefs.errors import ClonefsError, DeviceError, failed
 from clonefs.extents import SECTOR
 from clonefs.units import Buffer, FlushFailure, LogicalUnit
 
@@ -265,8 +265,18 @@ class SimulatedUnit:
         self.world.point()
 
     async def copy_from(
-        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
-    ) -> None:
+        self, origin: LogicalUnit, ranges: Sequence[tuple[int, int]], *, share: bool
+    ) -> int:
+        for number, (offset, length) in enumerate(ranges):
+            try:
+                await self._copy_range(origin, offset, length)
+            except ClonefsError:
+                if number == 0:
+                    raise
+                return number
+        return len(ranges)
+
+    async def _copy_range(self, origin: LogicalUnit, offset: int, length: int) -> None:
         middle = offset + max(SECTOR, length // SECTOR // 2 * SECTOR)
         end = offset + length
         for start, stop in ((offset, min(middle, end)), (min(middle, end), end)):

@@ -15,6 +15,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
@@ -22,6 +23,7 @@ import trio
 from clonefs.errors import ClonefsError, DeviceError, busy, invalid, missing
 from clonefs.extents import SECTOR, format_size
 from clonefs.units.flushing import FlushFailure
+from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
 
 THREADS = 8
@@ -122,16 +124,28 @@ class BackingUnit:
             raise self._error("write", offset, len(view), error) from error
 
     async def copy_from(
-        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
-    ) -> None:
-        if not isinstance(origin, BackingUnit):  # one that is missing says so
-            await self.write(offset, await origin.read(offset, length))
-            return
-        await trio.to_thread.run_sync(
-            self._copy_from, origin, offset, length, share, limiter=self._threads
+        self, origin: LogicalUnit, ranges: Sequence[tuple[int, int]], *, share: bool
+    ) -> int:
+        if isinstance(origin, MissingUnit):
+            await origin.read(*ranges[0])  # says why
+        assert isinstance(origin, BackingUnit)
+        return await trio.to_thread.run_sync(
+            self._copy_from, origin, ranges, share, limiter=self._threads
         )
 
-    def _copy_from(self, origin: "BackingUnit", offset: int, length: int, share: bool) -> None:
+    def _copy_from(
+        self, origin: "BackingUnit", ranges: Sequence[tuple[int, int]], share: bool
+    ) -> int:
+        for number, (offset, length) in enumerate(ranges):
+            try:
+                self._copy_range(origin, offset, length, share)
+            except ClonefsError:
+                if number == 0:
+                    raise
+                return number
+        return len(ranges)
+
+    def _copy_range(self, origin: "BackingUnit", offset: int, length: int, share: bool) -> None:
         end = offset + length
         origin._check_length(end)
         while offset < end:

@@ -1,6 +1,7 @@
 """A unit whose backing is not there, so that everything else can come up without it."""
 
 import errno
+from collections.abc import Sequence
 from typing import NoReturn
 
 from clonefs.errors import DeviceError
@@ -32,8 +33,8 @@ class MissingUnit:
         self._fail()
 
     async def copy_from(
-        self, origin: LogicalUnit, offset: int, length: int, *, share: bool
-    ) -> None:
+        self, origin: LogicalUnit, ranges: Sequence[tuple[int, int]], *, share: bool
+    ) -> int:
         self._fail()
 
     async def flush(self) -> None:

@@ -1,5 +1,6 @@
 """The interface between the engines and storage."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
@@ -33,12 +34,13 @@ class LogicalUnit(Protocol):
         """Write `data` at `offset`. After a failure any part of it may have been written."""
 
     async def copy_from(
-        self, origin: "LogicalUnit", offset: int, length: int, *, share: bool
-    ) -> None:
-        """Make `length` bytes at `offset` equal to those of `origin`; holes stay holes. `share`: on
-        a file system that can do it both may have the same blocks until one of them is written to.
+        self, origin: "LogicalUnit", ranges: Sequence[tuple[int, int]], *, share: bool
+    ) -> int:
+        """Make `ranges` (offset, length) equal to those of `origin`; holes stay holes. `share`: on a
+        file system that can do it both may have the same blocks until one of them is written to.
 
-        After a failure any part of the range may have been copied.
+        Returns how many of them, from the first on, have been copied: all, or those before one that
+        failed. Raises only if the first fails; after a failure any part of a range may have been copied.
         """
 
     async def flush(self) -> None:
