@@ -18,6 +18,7 @@ Invariants (rule numbers are those of the design; docs/crash-safety.md repeats t
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from itertools import islice
 
 from bitarray import bitarray
 
@@ -30,6 +31,8 @@ from clonefs.volume import CloneRecord, CloneState, GroupRecord, MapSlot
 
 MapOf = Callable[[MapSlot, int], ExtentMap]
 Most = Callable[[int], int]
+
+MANY_RUNS = 4096
 
 
 @dataclass(slots=True, eq=False)
@@ -416,9 +419,16 @@ class CloneGroup:
 
     def spread_delta(self, name: str) -> None:
         """L6: a restore from `name` will change the Source under every other clone."""
+        delta = self.clones[name].delta
+        runs = list(islice(delta.runs(), MANY_RUNS))
         for other in self.clones.values():
-            if other.name != name:
-                other.delta.mark_from(self.clones[name].delta)
+            if other.name == name:
+                continue
+            if len(runs) == MANY_RUNS:
+                other.delta.mark_from(delta)
+                continue
+            for run in runs:  # much less than all the pages of a large map
+                other.delta.mark(*run)
 
     def fold_protected(self, name: str) -> None:
         """D[c] |= P: what hosts wrote during the restore from `name` is a difference too."""

@@ -350,6 +350,9 @@ class SimulatedMedium:
         self.size = len(world.volume)
         self.view = memoryview(world.volume)
 
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.view[offset : offset + length])
+
     def keep(self, offset: int, length: int) -> None:
         pass  # all of it is in memory
 

@@ -31,6 +31,7 @@ _HEADER = struct.Struct("<IBBHQII8s")
 _BITS = EXTENTS_PER_DURABLE_SECTOR
 SECTORS_AT_ONCE = 1024  # that are packed in one step: about ten milliseconds
 _NEVER_WRITTEN = bytes(DURABLE_SECTOR)
+_NO_BITS = bytes(DURABLE_SECTOR - _HEADER.size)
 
 assert _HEADER.size == 32
 
@@ -146,32 +147,66 @@ class DurableMap:
     def load(self, read: Read, *, damaged_as: int) -> None:
         """Fill the map from the medium; a sector of which no copy is sound gets `damaged_as`."""
         length = self.sectors * DURABLE_SECTOR
-        copies = [read(offset, length) for offset in self._offsets]
+        copies = [memoryview(read(offset, length)) for offset in self._offsets]
         for sector in range(self.sectors):
-            at = sector * DURABLE_SECTOR
-            found = [
-                self._unpack(sector, copy_number, copy[at : at + DURABLE_SECTOR])
-                for copy_number, copy in enumerate(copies)
-            ]
-            sound = [each for each in found if each is not None]
+            if not self._load_as_expected(sector, copies):
+                self._load_sector(sector, copies, damaged_as)
+
+    def _load_as_expected(self, sector: int, copies: list[memoryview]) -> bool:
+        """Load a sector of which all copies are sound and the same, as nearly all are; there may be
+        a hundred thousand. False, and nothing is loaded, if that is not so."""
+        at = sector * DURABLE_SECTOR
+        end = at + DURABLE_SECTOR
+        held = copies[0][at + _HEADER.size : end]
+        if all(copy[at:end] == _NEVER_WRITTEN for copy in copies):
+            return True
+        if any(len(copy) < end for copy in copies):
+            return False
+        generation, epoch = _HEADER.unpack_from(copies[0], at)[4:7:2]
+        for number, copy in enumerate(copies):
+            expected = (self.kind, number, 0, generation, sector, epoch, self._uuid[:8])
+            checksum, *header = _HEADER.unpack_from(copy, at)
+            if (
+                tuple(header) != expected
+                or checksum != zlib.crc32(copy[at + 4 : end])
+                or copy[at + _HEADER.size : end] != held
+            ):
+                return False
+        self._generations[sector] = generation
+        self.newest_epoch = max(self.newest_epoch, epoch)
+        if epoch == self.epoch and held != _NO_BITS:
+            self._fill(sector, bytes(held))
+        return True
+
+    def _fill(self, sector: int, payload: bytes) -> None:
+        start, stop = self._range(sector)
+        bits = bitarray(endian="little")
+        bits.frombytes(payload)
+        self.bits[start:stop] = bits[: stop - start]
+
+    def _load_sector(self, sector: int, copies: list[memoryview], damaged_as: int) -> None:
+        at = sector * DURABLE_SECTOR
+        found = [
+            self._unpack(sector, number, bytes(copy[at : at + DURABLE_SECTOR]))
+            for number, copy in enumerate(copies)
+        ]
+        sound = [each for each in found if each is not None]
+        if not sound:
             start, stop = self._range(sector)
-            if not sound:
-                self.damaged.append(sector)
-                self.bits[start:stop] = damaged_as
-                if damaged_as:
-                    self.unwritten.add(sector)
-                continue
-            if None in found:
-                self.single.append(sector)
-            newest = max(sound, key=lambda each: each.generation)
-            if any(each != newest for each in found):
-                self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
-            self._generations[sector] = newest.generation
-            self.newest_epoch = max(self.newest_epoch, newest.epoch)
-            if newest.epoch == self.epoch:
-                bits = bitarray(endian="little")
-                bits.frombytes(newest.payload)
-                self.bits[start:stop] = bits[: stop - start]
+            self.damaged.append(sector)
+            self.bits[start:stop] = damaged_as
+            if damaged_as:
+                self.unwritten.add(sector)
+            return
+        if None in found:
+            self.single.append(sector)
+        newest = max(sound, key=lambda each: each.generation)
+        if any(each != newest for each in found):
+            self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
+        self._generations[sector] = newest.generation
+        self.newest_epoch = max(self.newest_epoch, newest.epoch)
+        if newest.epoch == self.epoch:
+            self._fill(sector, newest.payload)
 
     def _unpack(self, sector: int, copy: int, data: bytes) -> Sector | None:
         try:

@@ -23,6 +23,9 @@ class Medium(Protocol):
     name: str
     view: memoryview
 
+    def read(self, offset: int, length: int) -> bytes:
+        """These bytes, or as many as there are."""
+
     def keep(self, offset: int, length: int) -> None:
         """Have these bytes of `view` in memory, and keep them there."""
 
@@ -53,17 +56,27 @@ class FileMedium:
         self._map = mmap.mmap(fd, self.size, mmap.MAP_PRIVATE if private else mmap.MAP_SHARED)
         self.view = memoryview(self._map)
 
+    def read(self, offset: int, length: int) -> bytes:
+        pieces = []
+        while length and (piece := self._pread(length, offset)):
+            pieces.append(piece)
+            offset, length = offset + len(piece), length - len(piece)
+        return b"".join(pieces)
+
+    def _pread(self, length: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError as error:
+            raise failed(f"reading {self.name} failed: {error.strerror}") from error
+
     def keep(self, offset: int, length: int) -> None:
         # Whoever touches a page that is not there reads it, and a device that fails then ends the
         # process. And the kernel may drop a page that it could not write back: a live map would be
         # what it was long ago. Locked pages stay; who is not root may lock few, and goes without.
         end = offset + length
-        try:
-            for at in range(offset, end, _CHUNK):
-                if not os.pread(self._fd, min(_CHUNK, end - at), at):
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-        except OSError as error:
-            raise failed(f"reading {self.name} failed: {error.strerror}") from error
+        for at in range(offset, end, _CHUNK):
+            if not self._pread(min(_CHUNK, end - at), at):
+                raise failed(f"reading {self.name} failed: {os.strerror(errno.EIO)}")
         if not self._private:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, offset))
             ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(length))

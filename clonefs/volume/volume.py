@@ -161,11 +161,7 @@ class MetadataVolume:
         A damaged sector of the former reads as all ones; of the latter as zeros, and `damaged` of
         the map says so.
         """
-        return load_durable_maps(self._read, self.superblock.uuid, group, extents)
-
-    def _read(self, offset: int, length: int) -> bytes:
-        self._medium.keep(offset, length)
-        return bytes(self._medium.view[offset : offset + length])
+        return load_durable_maps(self._medium.read, self.superblock.uuid, group, extents)
 
     def clear_durably(self, slot: MapSlot) -> None:
         """Durable maps that have never been written are zeros on stable storage. Blocks."""
@@ -259,9 +255,8 @@ def _is_read_only(name: str) -> ClonefsError:
 
 
 def _read_superblock(medium: Medium) -> Superblock:
-    medium.keep(0, PAGE)
     try:
-        superblock = Superblock.unpack(bytes(medium.view[:PAGE]))
+        superblock = Superblock.unpack(medium.read(0, PAGE))
     except DamagedError as damage:
         raise invalid(f"{medium.name}: {damage}") from damage
     if superblock.size > medium.size:
@@ -290,8 +285,7 @@ def _newest_record(medium: Medium, superblock: Superblock) -> tuple[int, Record,
     reasons = []
     for number, letter in ((0, "A"), (1, "B")):
         start = superblock.record_slot(number)
-        medium.keep(start, superblock.record_size)
-        slot = bytes(medium.view[start : start + superblock.record_size])
+        slot = medium.read(start, superblock.record_size)
         try:
             generation, payload = layout.unpack_record(superblock, slot)
             found.append((generation, decode_record(payload)))
