@@ -5,12 +5,19 @@ from the fixture `rng`, so that a run that failed can be had again with the seed
 """
 
 import random
+import signal
 from typing import Any
 
 import pytest
 
 # What these check for tests is to be explained like what tests check themselves.
 pytest.register_assert_rewrite("tests.mounts.mount", "tests.mounts.load")
+
+
+# A shell lets its jobs in the background ignore SIGINT, and what they start ignores it too: tests that
+# interrupt a program would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
