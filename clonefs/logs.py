@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 JOURNAL = Path("/run/systemd/journal/socket")
@@ -30,7 +31,7 @@ def severity(level: int) -> int:
     return next((number for least, number in _SEVERITIES if level >= least), 7)
 
 
-class LossyHandler(logging.Handler):
+class LossyHandler(logging.Handler, ABC):
     """Writes a record at once or not at all. `dropped`: how many were lost."""
 
     def __init__(self) -> None:
@@ -54,9 +55,9 @@ class LossyHandler(logging.Handler):
             self.dropped += 1
             self._untold += 1
 
+    @abstractmethod
     def _sent(self, record: logging.LogRecord) -> bool:
         """Write it; False if that would wait, or nobody is there to take it."""
-        raise NotImplementedError
 
 
 def dropped() -> int:
@@ -88,8 +89,9 @@ class SocketHandler(LossyHandler):
                 self._disconnect()
         return False
 
+    @abstractmethod
     def _message(self, record: logging.LogRecord) -> bytes:
-        raise NotImplementedError
+        """The datagram for a record."""
 
     def _connected(self) -> socket.socket:
         if self._socket is None:
