@@ -139,11 +139,24 @@ def test_the_daemon_keeps_nothing_open_that_it_was_given(tmp_path: Path) -> None
         subprocess.run(command, pass_fds=[lock.fileno()], check=True, timeout=60)
 
 
-def test_ctrl_c_while_the_daemon_starts_stops_the_daemon() -> None:
+EARLY = (
+    "fork = os.fork\n"
+    "def fork_and_be_interrupted():\n"
+    "    pid = fork()\n"
+    "    while pid and signal.SIGINT not in signal.sigpending():\n"
+    "        pass\n"
+    "    return pid\n"
+    "os.fork = fork_and_be_interrupted\n"
+)
+
+
+@pytest.mark.parametrize("when", ["", EARLY], ids=["while it waits", "before it waits"])
+def test_ctrl_c_while_the_daemon_starts_stops_the_daemon(when: str) -> None:
     script = (
         "import logging, os, signal\n"
         "from clonefs.cli import background\n"
         "parent = os.getpid()\n"
+        f"{when}"
         "def job(on_ready):\n"
         "    os.kill(parent, signal.SIGINT)\n"
         "    signal.pause()\n"

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,20 @@ def start(job: Job, handler: Callable[[], logging.Handler]) -> Daemon:
     Raises ClonefsError with the child's reason.
     """
     read_end, write_end = os.pipe()
+    # Ctrl-C waits from here until there is somebody who ends the child for it: a daemon whose start
+    # was broken off must not mount all the same.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pid = os.fork()
     if pid == 0:
-        _child(job, _Report(write_end), handler)
-    os.close(write_end)
+        _child(job, _Report(write_end), handler, before)
     daemon = Daemon(pid)
-    message = _receive(read_end, daemon)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(write_end)
+        message = _receive(read_end)
+    except KeyboardInterrupt:
+        os.kill(daemon.pid, signal.SIGTERM)  # it does not listen to Ctrl-C
+        raise
     if message == _READY:
         return daemon
     code, _, reason = os.fsdecode(message).partition(" ")
@@ -61,13 +69,9 @@ def start(job: Job, handler: Callable[[], logging.Handler]) -> Daemon:
     raise ClonefsError(int(code), reason)
 
 
-def _receive(read_end: int, daemon: Daemon) -> bytes:
+def _receive(read_end: int) -> bytes:
     with os.fdopen(read_end, "rb") as pipe:
-        try:
-            return pipe.read()
-        except KeyboardInterrupt:
-            os.kill(daemon.pid, signal.SIGTERM)  # it does not listen to Ctrl-C
-            raise
+        return pipe.read()
 
 
 class _Report:
@@ -101,11 +105,14 @@ class _Report:
         os.close(self.descriptor)
 
 
-def _child(job: Job, report: _Report, handler: Callable[[], logging.Handler]) -> NoReturn:
+def _child(
+    job: Job, report: _Report, handler: Callable[[], logging.Handler], mask: Iterable[int]
+) -> NoReturn:
     """Never returns: what the parent would do next is not the child's to do."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which tells us
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _leave_behind(keep=report.descriptor)
         logs.begin(handler())
         job(report.ready)
