@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # A request that waits (for a copy, or while a group is held) takes one of these; the others go on.
 WORKERS = 1000
-IDLE_WORKERS = 8
+IDLE_WORKERS = 64
 SLICE = 0.00025  # seconds
 # To go to sleep and be woken takes longer than many a host needs from one request to the next. So the
 # reader looks for the next one for a moment, if the last one came soon.

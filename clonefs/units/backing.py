@@ -25,9 +25,11 @@ from clonefs.extents import SECTOR, format_size
 from clonefs.units.flushing import FlushFailure
 from clonefs.units.missing import MissingUnit
 from clonefs.units.protocol import Buffer, LogicalUnit
+from clonefs.units.ring import ring
 
 THREADS = 8
 CHUNK = 1 << 20
+RING_LARGEST = 1 << 18  # bytes
 STAMP = "user.clonefs.volume"  # an extended attribute
 
 _FALLOC_FL_KEEP_SIZE = 1
@@ -56,7 +58,8 @@ class BackingUnit:
         self._is_device = is_device
         self._threads = trio.CapacityLimiter(THREADS)
         self._nowait_reads = True
-        self._inline = InlineWrites(possible=is_device or _writes_to_page_cache(fd))
+        self._is_local = is_device or _is_page_cached(fd)
+        self._inline = InlineWrites(possible=self._is_local)
         self._flushing = threading.Lock()
         self._flush_failure = FlushFailure(name)
         self.sparse = not is_device
@@ -77,6 +80,12 @@ class BackingUnit:
         return None
 
     async def read(self, offset: int, length: int) -> Buffer:
+        # A large one takes longer to copy than to hand over, and the loop has others to serve. What lies
+        # on a file system that asks somebody could keep the kernel's few threads behind the ring.
+        if self._is_local and length <= RING_LARGEST and (here := ring()) is not None:
+            data = bytearray(length)
+            if await here.read(self.fd, offset, data):
+                return data
         return await trio.to_thread.run_sync(self._read, offset, length, limiter=self._threads)
 
     def _read(self, offset: int, length: int) -> bytearray:
@@ -318,8 +327,8 @@ class InlineWrites:
 _PAGE_CACHED = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994})
 
 
-def _writes_to_page_cache(fd: int) -> bool:
-    """Whether the file lies on a local file system that is known to write to the page cache."""
+def _is_page_cached(fd: int) -> bool:
+    """Whether it lies on a local file system that is known to use the page cache, and asks nobody."""
     libc = ctypes.CDLL(None, use_errno=True)
     found = (ctypes.c_long * 64)()  # struct statfs begins with the type
     return libc.fstatfs(fd, found) == 0 and found[0] & 0xFFFFFFFF in _PAGE_CACHED
