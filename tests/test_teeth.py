@@ -17,6 +17,7 @@ from bitarray import bitarray
 from msgspec.structs import replace
 
 from clonefs.engines import GroupServer, Recorder, SourceLu, StorageSystem, recovery
+from clonefs.engines.cod import CodEngine
 from clonefs.engines.durability import Durability
 from clonefs.engines.gate import Gate
 from clonefs.engines.verify import Verification
@@ -122,6 +123,30 @@ def failed_copy_counts(patch: Patch) -> None:
         original(self, claim, copied=True)
 
     patch.setattr(CloneGroup, "end_copy", end)
+
+
+def copied_at_once_without_intent(patch: Patch) -> None:
+    """D1: a copy for a read that is made in one step does not look at the Persistent Delta Map."""
+    original = CodEngine._copy_now
+
+    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> Buffer | None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Durability, "covers", lambda *args: True)
+            return original(self, claim, offset, length)
+
+    patch.setattr(CodEngine, "_copy_now", copy)
+
+
+def copied_at_once_though_not_written(patch: Patch) -> None:
+    """L5: a copy for a read counts as made although the Source could not take it in one step."""
+
+    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> Buffer | None:
+        data = self._server.units[claim.clone].read_now(offset, length)
+        if data is not None:
+            self._server.source.write_now(offset, data)
+        return data
+
+    patch.setattr(CodEngine, "_copy_now", copy)
 
 
 def cleared_before_the_copy(patch: Patch) -> None:
@@ -432,8 +457,8 @@ def reverse_reads_the_source(patch: Patch) -> None:
     """D8: in a Reverse Sync, what is being written to is read from the Source."""
     original = CloneGroup.route_read
 
-    def route(self: CloneGroup, extent: int, stop: int) -> Any:
-        found = original(self, extent, stop)
+    def route(self: CloneGroup, extent: int, stop: int, *, copy: bool) -> Any:
+        found = original(self, extent, stop, copy=copy)
         return (Route.SOURCE, *found[1:]) if found[0] is Route.CLONE else found
 
     patch.setattr(CloneGroup, "route_read", route)
@@ -598,6 +623,8 @@ MUTANTS: list[Mutant] = [
     claims_do_not_hold,
     failed_copy_counts,
     rest_of_a_batch_counts,
+    copied_at_once_without_intent,
+    copied_at_once_though_not_written,
     cleared_before_the_copy,
     write_not_protected,
     protected_before_written,

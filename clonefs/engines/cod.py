@@ -2,16 +2,26 @@
 
 It copies the extents that a host request needs from the Clone to the Source, while the request
 waits in the COD Queue. It must never copy what it has not claimed.
+
+A write needs the copy. A read could do without, for a pending extent reads as the clone does; it
+copies so that what is in use is restored first. So copies for reads have a share of the time, and
+beyond that reads are answered from the clone: many hosts that read are not slowed down by copies
+that the Sync Engine makes at a lower price.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import trio
 
 from clonefs.engines.server import GroupServer
 from clonefs.errors import ClonefsError, DeviceError
 from clonefs.group import Claim, WaitingRequest
 from clonefs.units import Buffer, LogicalUnit
+
+SHARE = 0.02  # of the time, for copies that reads ask for
+IN_ADVANCE = 0.02  # seconds of it, after a time without
 
 
 class CodEngine:
@@ -19,6 +29,23 @@ class CodEngine:
 
     def __init__(self, server: GroupServer) -> None:
         self._server = server
+        self._credit = IN_ADVANCE  # seconds that copies for reads may take, at `_credit_at`
+        self._credit_at = trio.current_time()
+
+    def may_copy(self) -> bool:
+        """Whether a read that meets a pending extent copies it."""
+        now = trio.current_time()
+        self._credit = min(IN_ADVANCE, self._credit + (now - self._credit_at) * SHARE)
+        self._credit_at = now
+        return self._credit > 0
+
+    @contextmanager
+    def _on_credit(self) -> Iterator[None]:
+        started = trio.current_time()
+        try:
+            yield
+        finally:
+            self._credit -= trio.current_time() - started
 
     @contextmanager
     def queued(self, verb: str, offset: int, length: int) -> Iterator[None]:
@@ -57,22 +84,26 @@ class CodEngine:
         server = self._server
         clone = server.units[claim.clone]
         offset, length = server.group.geometry.bytes_of(claim.first, claim.stop)
-        counts = server.counters.clone(claim.clone).cod
         copied = False
         try:
             with server.counters.cod_copy.timed(length):
                 data = await self._copy(clone, offset, length)
             copied = True
-            server.counts.cod += claim.stop - claim.first
-            counts.copied(claim.stop - claim.first, length)
             return data
         except DeviceError as error:
-            counts.errors += 1
+            server.counters.clone(claim.clone).cod.errors += 1
             server.fault(claim.clone, error.reason)
             raise
         finally:
-            server.group.end_copy(claim, copied=copied)
-            server.wake()
+            self._end(claim, length, copied=copied)
+
+    def _end(self, claim: Claim, length: int, *, copied: bool) -> None:
+        server = self._server
+        if copied:
+            server.counts.cod += claim.stop - claim.first
+            server.counters.clone(claim.clone).cod.copied(claim.stop - claim.first, length)
+        server.group.end_copy(claim, copied=copied)
+        server.wake()
 
     async def _copy(self, clone: LogicalUnit, offset: int, length: int) -> Buffer:
         source = self._server.source
@@ -88,13 +119,40 @@ class CodEngine:
 
     async def read(self, claim: Claim, offset: int, length: int) -> Buffer:
         """Bytes of extents that `claim` has, for a host read: copied on the way (L5)."""
-        start, _ = self._server.group.geometry.bytes_of(claim.first, claim.stop)
         try:
-            with self.queued("read", offset, length):
+            with self._on_credit(), self.queued("read", offset, length):
                 data = await self.copy(claim)
         except ClonefsError:
             # The Source may be what failed; the clone has the bytes all the same.
             return await self._server.units[claim.clone].read(offset, length)
+        return self._part(claim, data, offset, length)
+
+    def read_now(self, claim: Claim, offset: int, length: int) -> Buffer | None:
+        """The same in this very step, or None if that cannot be; then nothing has happened."""
+        geometry = self._server.group.geometry
+        extent_offset, extents_length = geometry.bytes_of(claim.first, claim.stop)
+        data: Buffer | None = None
+        try:
+            with self._on_credit():
+                data = self._copy_now(claim, extent_offset, extents_length)
+        finally:
+            self._end(claim, extents_length, copied=data is not None)
+        return None if data is None else self._part(claim, data, offset, length)
+
+    def _copy_now(self, claim: Claim, offset: int, length: int) -> Buffer | None:
+        server = self._server
+        if server.durability.covers(offset, length):
+            started = time.perf_counter_ns()
+            # Who waits for what fails here is told.
+            with suppress(ClonefsError):
+                data = server.units[claim.clone].read_now(offset, length)
+                if data and any_byte(data) and server.source.write_now(offset, data):
+                    server.counters.cod_copy.done(length, time.perf_counter_ns() - started)
+                    return data
+        return None
+
+    def _part(self, claim: Claim, data: Buffer, offset: int, length: int) -> Buffer:
+        start, _ = self._server.group.geometry.bytes_of(claim.first, claim.stop)
         return memoryview(data)[offset - start : offset - start + length]
 
 

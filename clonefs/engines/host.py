@@ -81,12 +81,22 @@ class SourceLu:
         if self._gate.held:
             return None
         group = self._group
-        if (
-            group.restoring is not None
-            and group.next_pending(*group.geometry.extents_of(offset, length)) >= 0
-        ):
-            return None
+        if group.restoring is not None:
+            first, stop = group.geometry.extents_of(offset, length)
+            if group.next_pending(first, stop) >= 0:
+                return self._read_pending_now(offset, length, first, stop)
         return self._unit.read_now(offset, length)
+
+    def _read_pending_now(self, offset: int, length: int, first: int, stop: int) -> Buffer | None:
+        route, until, claim = self._group.route_read(first, stop, copy=self._cod.may_copy())
+        if claim is not None and until == stop:
+            return self._cod.read_now(claim, offset, length)
+        if claim is not None:
+            self._group.end_copy(claim, copied=False)
+        if route is not Route.CLONE or until < stop:  # in pieces
+            return None
+        assert self._group.restoring is not None
+        return self._server.unit(self._group.restoring).read_now(offset, length)
 
     async def read(self, offset: int, length: int) -> Buffer:
         await self._gate.enter()
@@ -101,16 +111,16 @@ class SourceLu:
         end = offset + length
         while offset < end:
             first, stop = geometry.extents_of(offset, end - offset)
-            route, until, claim = self._group.route_read(first, stop)
+            route, until, claim = self._group.route_read(first, stop, copy=self._cod.may_copy())
             piece = min(until << geometry.shift, end) - offset
             if claim is not None:
                 pieces.append(await self._cod.read(claim, offset, piece))
             elif route is Route.SOURCE:
-                pieces.append(await _read(self._unit, offset, piece))
+                pieces.append(await self._unit.read(offset, piece))
             else:
                 assert self._group.restoring is not None
                 clone = self._server.unit(self._group.restoring)
-                pieces.append(await _read(clone, offset, piece))
+                pieces.append(await clone.read(offset, piece))
             offset += piece
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -293,11 +303,6 @@ class CloneLu:
                 await self._server.flush_clone(self._name)
         finally:
             self._gate.leave()
-
-
-async def _read(unit: LogicalUnit, offset: int, length: int) -> Buffer:
-    data = unit.read_now(offset, length)
-    return await unit.read(offset, length) if data is None else data
 
 
 async def _write(unit: LogicalUnit, offset: int, data: Buffer) -> None:

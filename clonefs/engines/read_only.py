@@ -16,7 +16,7 @@ from clonefs.engines.stamps import look
 from clonefs.engines.sync import COPYING
 from clonefs.engines.system import StorageSystem
 from clonefs.errors import ClonefsError
-from clonefs.group import MIRRORED, Claim, transitions
+from clonefs.group import MIRRORED, transitions
 from clonefs.units import Buffer, LogicalUnit, MissingUnit
 
 IDLE = "the mount is read-only, so nothing is copied: mount it without ro, and it goes on"
@@ -71,10 +71,8 @@ class Uncopied(CodEngine):
     """In the place of the COD Engine: who reads a pending extent gets the clone's bytes, and the
     extent stays pending."""
 
-    async def read(self, claim: Claim, offset: int, length: int) -> Buffer:
-        server = self._server
-        server.group.end_copy(claim, copied=False)
-        return await server.units[claim.clone].read(offset, length)
+    def may_copy(self) -> bool:
+        return False
 
 
 class _ReadOnlyLu:

@@ -156,13 +156,15 @@ class CloneGroup:
 
     # Host reads of the Source
 
-    def route_read(self, extent: int, stop: int) -> tuple[Route, int, Claim | None]:
+    def route_read(self, extent: int, stop: int, *, copy: bool) -> tuple[Route, int, Claim | None]:
         """How to read the Source from `extent` on: the route, where it ends (at most `stop`), and
-        for COPY the claim of those extents, made here."""
+        for COPY the claim of those extents, made here. Only if `copy` it may be that."""
         pending = self.next_pending(extent, stop)
         if pending != extent:
             return Route.SOURCE, stop if pending < 0 else pending, None
         run = self.pending_run(extent, stop)
+        if not copy:
+            return Route.CLONE, run.stop, None
         free = self._free_run(*run)
         if free.stop > free.first:
             return Route.COPY, free.stop, self._claim_from_clone(free, Engine.COD)
