@@ -3,6 +3,7 @@
 Real group and engines over simulated units; extents are those of the figures, 0 to 7 (Fig. 6, 8).
 """
 
+import errno
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from bitarray import bitarray
 
 from clonefs.engines import Recorder, StorageSystem
 from clonefs.engines.recorder import Change
+from clonefs.errors import DeviceError
 from clonefs.extents import ExtentMap, extent_list
 from clonefs.group import CloneGroup
 from clonefs.testing.world import Disk, SimulatedMedium, SimulatedUnit, World
@@ -274,6 +276,42 @@ async def test_a_clone_that_is_added_during_a_checkpoint(monkeypatch: pytest.Mon
         while "late" not in r.group.clones:
             await server.progress()
         assert (r.delta("late"), r.durable()) == ("0-7", ("0-7", ""))
+
+
+async def test_a_checkpoint_that_fails_while_a_restore_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it says, that all may differ, must not get into a map that is given another meaning."""
+    async with rig("clone") as r, trio.open_nursery() as nursery:
+        server = r.system.servers["group"]
+        flush = server.source.flush
+        flushes = 0
+
+        async def flush_beside_a_checkpoint() -> None:
+            nonlocal flushes
+            flushes += 1
+            if flushes == 2:  # the last one, with the group held
+                nursery.start_soon(checkpoint)
+                await trio.testing.wait_all_tasks_blocked()
+            await flush()
+
+        async def fails() -> None:
+            raise DeviceError(errno.EIO, "flushing failed", server.source.name)
+
+        async def checkpoint() -> None:
+            monkeypatch.setattr(server.source, "flush", fails)
+            with pytest.raises(DeviceError):
+                await server.checkpoint()
+            monkeypatch.setattr(server.source, "flush", flush)
+            checkpointed.set()
+
+        checkpointed = trio.Event()
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 3)
+            monkeypatch.setattr(server.source, "flush", flush_beside_a_checkpoint)
+        await r.until("clone", CloneState.FRACTURED)
+        await checkpointed.wait()
+        assert (r.delta("clone"), r.protected) == ("0-7", "")
 
 
 async def test_a_write_of_whole_extents_needs_no_copy() -> None:

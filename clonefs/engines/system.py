@@ -802,9 +802,10 @@ class StorageSystem:
         return True
 
     async def _complete_restore(self, server: GroupServer, name: str) -> None:
-        """D7. Most of the flush is done before the group is held."""
+        """D7. Most of the flush is done before the group is held. The flush of a checkpoint that
+        failed meanwhile would say that all may differ in a map that is about to change its meaning."""
         await server.flush_source()
-        async with server.held():
+        async with server.flushing, server.held():
             if server.group.next_pending(0, server.group.geometry.extents) >= 0:
                 return
             await server.flush_source()
