@@ -106,7 +106,8 @@ class SyncEngine:
         """Runs are as long as can be copied in a few milliseconds: hosts that write to one wait for
         all of it, and what is shared rather than copied hardly takes time."""
         if seconds < QUICK:
-            self._run = min(2 * self._run, self._transfers.longest)
+            factor = 4 if seconds < QUICK / 4 else 2
+            self._run = min(factor * self._run, self._transfers.longest)
         elif seconds > SLOW:
             self._run = max(self._run // 2, self._transfers.run)
 
