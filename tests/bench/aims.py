@@ -162,10 +162,10 @@ def _sweep(what: str) -> Callable[[Part], Cases]:
     return lambda part: [(what, part.ratios(case, sweeps.CP_FSYNC, under_load.CLONEFS))]
 
 
-def _sharing(part: Part) -> Cases:
-    cases: Cases = []
-    for kind in MAKE:
-        cases += _sweep(f"{sweeps.FULL}, {kind}")(part)
+def _sharing(*, cached: bool) -> Callable[[Part], Cases]:
+    def cases(part: Part) -> Cases:
+        return [case for kind in MAKE for case in _sweep(sweeps.shared(kind, cached=cached))(part)]
+
     return cases
 
 
@@ -200,8 +200,20 @@ AIMS = [
     ),
     Aim(
         "steady",
+        "the same against it with its default, aio=threads",
+        _ratios(_cells("4 KiB reads", depth=16, ways=NO_CACHE), steady.PLAIN, steady.QEMU_DEFAULT),
+        at_least=2.0,
+    ),
+    Aim(
+        "steady",
         f"4 KiB writes, depth 16, O_DIRECT and loop, {OF_QEMU}",
         _ratios(_cells("4 KiB writes", depth=16, ways=NO_CACHE), steady.PLAIN, steady.QEMU),
+        at_least=1.5,
+    ),
+    Aim(
+        "steady",
+        "the same against it with its default, aio=threads",
+        _ratios(_cells("4 KiB writes", depth=16, ways=NO_CACHE), steady.PLAIN, steady.QEMU_DEFAULT),
         at_least=1.5,
     ),
     Aim(
@@ -298,7 +310,13 @@ AIMS = [
     Aim(
         "restore",
         "the same on XFS and Btrfs, which share blocks",
-        _sharing,
+        _sharing(cached=True),
+        at_least=50,
+    ),
+    Aim(
+        "restore",
+        "the same with nothing of the Source in the page cache",
+        _sharing(cached=False),
         at_least=50,
     ),
     Aim(

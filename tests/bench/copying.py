@@ -1,5 +1,6 @@
 """A copy of a whole LU: one that can be made again and again, and one that is watched."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from tests.bench.stage import (
     fill_pieces,
     flush,
     must_be_equal,
+    opened,
     parse_extents,
+    read_through,
     run,
 )
 
@@ -58,6 +61,17 @@ class Whole:
             fill(self.lu, self.size)
         else:
             fill_pieces(self.lu, ((run_of[0] * EXTENT, len(run_of) * EXTENT) for run_of in pieces))
+
+    def warm(self) -> None:
+        """Everything that is going to be copied, and what it is copied to, is in the page cache."""
+        for path in (self.clone, self.source):
+            read_through(path)
+
+    def forget(self) -> None:
+        """Nothing of the Source is in the page cache."""
+        with opened(self.source) as fd:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def restore(self) -> None:
         """Begin."""

@@ -322,6 +322,15 @@ def flush(path: Path) -> None:
         os.fsync(fd)
 
 
+def read_through(path: Path) -> None:
+    """All of it once."""
+    piece = bytearray(MiB)
+    with opened(path) as fd:
+        at = 0
+        while count := os.preadv(fd, [piece], at):
+            at += count
+
+
 def must_be_equal(
     one: Path, other: Path, but: Iterable[range] = (), stop: int | None = None
 ) -> None:

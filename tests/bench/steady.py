@@ -1,7 +1,9 @@
 """Steady state: what hosts get when nothing is copied.
 
 Everything that is read lies in the page cache of the backing files, for all contestants but one: the raw
-file with O_DIRECT, and through its loop device, is the disk.
+file with O_DIRECT, and through its loop device, is the disk. A kernel may take pages from files that are
+not used for a moment (DAMON), and in a round of all contestants each is idle for long; so what is going
+to be read is read once before.
 """
 
 import contextlib
@@ -13,11 +15,12 @@ from tests.bench.load import BYTES, Job, Measured, measure, write_once
 from tests.bench.peers import exported
 from tests.bench.results import Part, median, spread
 from tests.bench.scale import Scale, rounds, shuffled
-from tests.bench.stage import EXTENT, Mount, cpu_seconds, fill, flush, loop_device
+from tests.bench.stage import EXTENT, Mount, cpu_seconds, fill, flush, loop_device, read_through
 from tests.bench.tables import table
 
 PLAIN, MIRROR, SPLIT, EIGHT = "no clone", "mirrored clone", "fractured clone", "8 fractured clones"
 CLONE, QEMU, RAW = "on the fractured clone", "qemu-storage-daemon", "raw file"
+QEMU_DEFAULT = "qemu-storage-daemon, aio=threads"
 CACHED = "no clone, -o cached"
 GROUPS = {PLAIN: "plain", MIRROR: "mirror", SPLIT: "split", EIGHT: "eight"}
 EIGHT_CLONES = [f"clone{number}" for number in range(8)]
@@ -40,7 +43,7 @@ class Cell(NamedTuple):
 
     def whos(self) -> list[str]:
         """Who does it. Clones are in the way of writes only; the clone itself has one way."""
-        found = [PLAIN, SPLIT, QEMU, RAW]
+        found = [PLAIN, SPLIT, QEMU, QEMU_DEFAULT, RAW]
         if self.job.writes:
             found += [MIRROR, EIGHT] if self.way == DIRECT else [MIRROR]
         return found + {BUFFERED: [CACHED], DIRECT: [CLONE], LOOP: []}[self.way]
@@ -103,6 +106,9 @@ class Field:
     def measure(self, cell: Cell, who: str) -> tuple[Measured, float]:
         """What hosts get, and the seconds of processor time that a request costs the daemon."""
         path = (self.loops if cell.way == LOOP else self.paths)[who]
+        if not cell.job.writes:
+            for cached in (*self.backings[who], *([path] if cell.way == BUFFERED else [])):
+                read_through(cached)
         before = self._cpu(who)
         measured = measure(path, cell.job, self.scale.steady, self.scale.seconds)
         used = self._cpu(who) - before
@@ -132,8 +138,8 @@ def measure_part(work: Path, part: Part, scale: Scale) -> None:
 
 def _contestants(stack: contextlib.ExitStack, work: Path, scale: Scale) -> Field:
     """All of them on the same file system, in the page cache, and every first write behind them."""
-    raw, image = work / "raw.img", work / "qemu.img"
-    for path in (raw, image):
+    raw, image, default = work / "raw.img", work / "qemu.img", work / "default.img"
+    for path in (raw, image, default):
         path.touch()
         fill(path, scale.steady)
     mount = Mount(work)
@@ -142,15 +148,17 @@ def _contestants(stack: contextlib.ExitStack, work: Path, scale: Scale) -> Field
     for who, group in GROUPS.items():
         clones = {PLAIN: [], EIGHT: EIGHT_CLONES}.get(who, ["clone"])
         mount.split_group(group, scale.steady, scale.steady, clones)
-        there.add(who, mount.lu(group), daemon.pid, *sorted(work.glob(f"{group}-*.img")))
+        used = [mount.backing(group), *([mount.backing(group, "clone")] if who == MIRROR else [])]
+        there.add(who, mount.lu(group), daemon.pid, *used)
     fill(mount.lu("split"), scale.steady)
     fill(mount.lu("eight"), scale.steady)
     mount.command("mirror/clone/sync")
     mount.wait("mirror", "synchronized")
     there.add(CLONE, mount.lu("split", "clone"), daemon.pid, mount.backing("split", "clone"))
     _add_cached(stack, there)
-    export, pid = stack.enter_context(exported(work, image))
-    there.add(QEMU, export, pid, image)
+    for who, file, aio in ((QEMU, image, "io_uring"), (QEMU_DEFAULT, default, "threads")):
+        export, pid = stack.enter_context(exported(work, file, aio))
+        there.add(who, export, pid, file)
     there.add(RAW, raw, None, raw)
     for who, path in there.paths.items():
         if who not in (CLONE, CACHED):
@@ -230,9 +238,10 @@ def report(part: Part) -> str:
 
 def _ratios(part: Part) -> str:
     ours = [PLAIN, CACHED, SPLIT]
+    to_default = (f"{QEMU_DEFAULT}: times that, no clone",)
     to_plain = [SPLIT, MIRROR, EIGHT, CLONE]
     head = (
-        *("", f"{QEMU}, requests/s", *(f"{who}: times qemu" for who in ours)),
+        *("", f"{QEMU}, requests/s", *(f"{who}: times qemu" for who in ours), *to_default),
         *("raw file: times qemu", *(f"{who}: times {PLAIN}" for who in to_plain)),
     )
     return table(
@@ -241,7 +250,9 @@ def _ratios(part: Part) -> str:
             (
                 cell.case,
                 median(part.values(cell.case, QEMU)),
-                *(spread(part.ratios(cell.case, who, QEMU)) for who in (*ours, RAW)),
+                *(spread(part.ratios(cell.case, who, QEMU)) for who in ours),
+                spread(part.ratios(cell.case, PLAIN, QEMU_DEFAULT)),
+                spread(part.ratios(cell.case, RAW, QEMU)),
                 *(
                     spread(part.ratios(cell.case, who, PLAIN)) if who in cell.whos() else ""
                     for who in to_plain

@@ -4,13 +4,14 @@ and on file systems that can share blocks."""
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from tests.bench.copying import OFTEN, Whole, timed, watch
 from tests.bench.peers import overlay
 from tests.bench.results import Part, spread
 from tests.bench.scale import Scale, shuffled
-from tests.bench.stage import EXTENT, MAKE, Mount, file_system, flush, opened, run
+from tests.bench.stage import EXTENT, MAKE, Mount, file_system, flush, opened, read_through, run
 from tests.bench.tables import table
 from tests.bench.under_load import CLONEFS, must_look_like
 
@@ -37,12 +38,17 @@ def measure_sweeps(whole: Whole, part: Part) -> None:
         way()
 
 
-def _sweep(whole: Whole, part: Part, what: str, pieces: list[range] | None) -> None:
+def _sweep(
+    whole: Whole, part: Part, what: str, pieces: list[range] | None, *, cached: bool = True
+) -> None:
     if pieces is not None:  # what hosts wrote to during the last restore is no part of it
         watch(whole.restore, whole.restoring, OFTEN)
     whole.ruin(pieces)
     delta = whole.mount.group(whole.group)["clones"]["clone"]["delta_extents"]
     assert delta == (len(pieces) if pieces else -(-whole.size // EXTENT))
+    whole.warm()
+    if not cached:
+        whole.forget()
     copying = watch(whole.restore, whole.restoring, OFTEN)
     whole.must_be_restored()
     part.add(COPY_SECONDS + what, CLONEFS, copying.seconds)
@@ -50,6 +56,7 @@ def _sweep(whole: Whole, part: Part, what: str, pieces: list[range] | None) -> N
 
 def _cp(whole: Whole, part: Part, what: str) -> None:
     """Over the old file, which cp empties first."""
+    read_through(whole.clone)
     took = timed(lambda: run("cp", "--reflink=never", whole.clone, whole.target))
     part.add(COPY_SECONDS + what, CP, took)
     part.add(COPY_SECONDS + what, CP_FSYNC, took + timed(lambda: flush(whole.target)))
@@ -57,6 +64,8 @@ def _cp(whole: Whole, part: Part, what: str) -> None:
 
 def _ranges(whole: Whole, part: Part, what: str, pieces: list[range]) -> None:
     """Into the old file, a call for each run of extents."""
+    for path in (whole.clone, whole.target):
+        read_through(path)
     took = timed(lambda: _copy_ranges(whole, pieces))
     part.add(COPY_SECONDS + what, RANGES, took)
     part.add(COPY_SECONDS + what, RANGES_FSYNC, took + timed(lambda: flush(whole.target)))
@@ -71,6 +80,7 @@ def _copy_ranges(whole: Whole, pieces: list[range]) -> None:
 
 
 def _stream(whole: Whole, part: Part) -> None:
+    read_through(whole.clone)
     with overlay(whole.mount.work, whole.clone, writable=False) as over:
         copying = watch(over.stream, over.streaming, OFTEN)
         must_look_like(over, whole.clone)
@@ -90,19 +100,26 @@ def on(work: Path, kind: str, scale: Scale) -> Iterator[tuple[str, Whole]]:
 
 
 def measure_shared(whole: Whole, part: Part, kind: str) -> None:
-    """A full delta there, against cp."""
-    what = f"{FULL}, {kind}"
-    ways: list[Callable[[], None]] = [
-        lambda: _sweep(whole, part, what, None),
-        lambda: _cp(whole, part, what),
-    ]
-    for way in shuffled(ways):
-        way()
+    """A full delta there, against cp: the kernel has to give up the pages of what is overwritten,
+    which takes it longer than to share blocks; so also without any."""
+    for cached, what in shuffled([(True, shared(kind)), (False, shared(kind, cached=False))]):
+        ways: list[Callable[[], None]] = [
+            partial(_sweep, whole, part, what, None, cached=cached),
+            partial(_cp, whole, part, what),
+        ]
+        for way in shuffled(ways):
+            way()
+
+
+def shared(kind: str, *, cached: bool = True) -> str:
+    """The name of the case."""
+    return f"{FULL}, {kind}" + ("" if cached else ", Source not in the page cache")
 
 
 def sweep_table(part: Part) -> str:
     rows = []
-    for what in (FULL, SCATTERED, *(f"{FULL}, {kind}" for kind in MAKE)):
+    sharing = (shared(kind, cached=cached) for kind in MAKE for cached in (True, False))
+    for what in (FULL, SCATTERED, *sharing):
         case = COPY_SECONDS + what
         for who in (CLONEFS, CP, CP_FSYNC, RANGES, RANGES_FSYNC, STREAM):
             if part.has(case, who):

@@ -14,7 +14,7 @@ from tests.bench.load import Hosts, Job, Measured, Requests, hosts
 from tests.bench.peers import Overlay, overlay
 from tests.bench.results import Part, median, spread
 from tests.bench.scale import Scale, shuffled
-from tests.bench.stage import EXTENT, opened
+from tests.bench.stage import EXTENT, opened, read_through
 from tests.bench.tables import table
 
 CLONEFS, OVERLAY = "clonefs", "qcow2 overlay"
@@ -55,6 +55,7 @@ Loaded = tuple[Measured | None, Measured | None, float]
 def _clonefs_loaded(whole: Whole, job: Job, scale: Scale) -> Loaded:
     """Idle, while a restore copies, and the seconds of the restore."""
     whole.ruin()
+    whole.warm()
     with hosts(whole.mount.work, whole.lu, job, whole.size) as load:
         loaded = _live_through(load, scale, whole.restore, whole.restoring)
     whole.must_be_restored()
@@ -64,6 +65,7 @@ def _clonefs_loaded(whole: Whole, job: Job, scale: Scale) -> Loaded:
 def _overlay_loaded(whole: Whole, job: Job, scale: Scale) -> Loaded:
     """The same of an overlay on the clone."""
     work = whole.mount.work
+    read_through(whole.clone)
     with overlay(work, whole.clone, writable=job.writes) as over:
         with hosts(work, over.where, job, whole.size) as load:
             loaded = _live_through(load, scale, over.stream, over.streaming)
