@@ -64,14 +64,35 @@ def test_what_is_being_written_is_not_relied_on() -> None:
     durable.mark(20, 21)
     assert not durable.covers(0, 10)
     durable.end_write(written=True)
-    assert not durable.covers(0, 10)  # its sector has to be written again
-    durable.begin_write()
-    durable.end_write(written=False)
+    assert durable.covers(0, 10)
+    assert not durable.covers(20, 21)
+    durable.begin_write()  # of the same sector, which keeps what it has
+    assert durable.covers(0, 10)
+    assert not durable.covers(9, 21)
+    durable.end_write(written=False)  # nobody knows what it has now
     assert not durable.covers(0, 10)
     durable.begin_write()
+    assert not durable.covers(0, 10)
     durable.end_write(written=True)
     assert durable.covers(0, 10)
     assert durable.covers(20, 21)
+
+
+def test_what_is_cleared_and_marked_again_is_not_relied_on() -> None:
+    durable = Disk().load()
+    durable.mark(0, 10)
+    durable.begin_write()
+    durable.end_write(written=True)
+    durable.clear(bitarray("1", endian="little"), 3)
+    durable.begin_write()
+    durable.mark(3, 4)
+    assert durable.covers(0, 3)
+    assert not durable.covers(3, 4)
+    durable.end_write(written=True)
+    assert not durable.covers(3, 4)
+    durable.begin_write()
+    durable.end_write(written=True)
+    assert durable.covers(0, 10)
 
 
 def test_what_is_cleared_is_covered_no_more() -> None:

@@ -13,7 +13,7 @@ import pytest
 import trio
 from bitarray import bitarray
 
-from clonefs.engines import Recorder, StorageSystem
+from clonefs.engines import AFTERWARDS, Recorder, StorageSystem
 from clonefs.engines.recorder import Change
 from clonefs.errors import DeviceError
 from clonefs.extents import ExtentMap, extent_list
@@ -90,7 +90,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(*clones: str, after: World | None = None) -> AsyncIterator[Rig]:
+async def rig(*clones: str, after: World | None = None, run_ahead: int = 1) -> AsyncIterator[Rig]:
     """A group with these clones, synchronized; or what recovery makes of `after` a power cut."""
     world = after or World(
         random.Random(0), volume=bytearray(1 << 20), volume_on_disk=bytearray(1 << 20)
@@ -123,7 +123,7 @@ async def rig(*clones: str, after: World | None = None) -> AsyncIterator[Rig]:
         wall_clock=trio.current_time,
         on_event=lambda line: None,
         run=EXTENT,
-        run_ahead=1,
+        run_ahead=run_ahead,
         checkpoint=CHECKPOINT,
     )
     async with trio.open_nursery() as nursery:
@@ -248,6 +248,23 @@ async def test_a_checkpoint_trims_what_is_equal_again() -> None:
         assert (r.delta("clone"), r.durable()) == ("5", ("5", ""))
 
 
+async def test_a_sequential_writer_waits_for_its_intent_once() -> None:
+    """What is marked ahead of it is marked on while it writes, each time twice as much."""
+    async with rig("clone", run_ahead=2) as r:
+        server = r.system.servers["group"]
+        await server.checkpoint()
+        await r.system.fracture([("group", "clone")])
+        covered: list[bool] = []
+        durable: list[str] = []
+        for extent in range(8):
+            covered.append(server.durability.covers(extent * EXTENT, EXTENT))
+            await r.write(extent, extent_of("x"))
+            await trio.testing.wait_all_tasks_blocked()
+            durable.append(r.durable()[0])
+        assert covered == [False] + 7 * [True]
+        assert durable == 2 * ["0-3"] + 6 * ["0-7"]
+
+
 async def test_a_clone_that_is_added_during_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its map is full; a checkpoint that does not know it must not clear what it has."""
     async with rig("clone") as r, trio.open_nursery() as nursery:
@@ -332,6 +349,44 @@ async def test_a_read_copies_and_leaves_the_protected_restore_map_alone() -> Non
             assert await r.read(3) == extent_of("d")
             assert (r.delta("clone"), r.protected) == ("4", "")
             assert r.content("source")[3 * EXTENT : 4 * EXTENT] == extent_of("d")
+
+
+async def test_a_read_has_its_answer_before_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig("clone") as r:
+        due: list[Callable[[], None]] = []
+        AFTERWARDS.set(due.append)
+        source = r.system.sources["group"]
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 3, 4)
+            monkeypatch.setattr(r.world.random, "random", lambda: 1.0)  # nobody needs to wait
+            assert source.read_now(3 * EXTENT, EXTENT) == extent_of("d")
+            assert r.delta("clone") == "3-4"
+            due.pop()()
+            assert (r.delta("clone"), r.protected) == ("4", "")
+            assert r.content("source")[3 * EXTENT : 4 * EXTENT] == extent_of("d")
+            assert r.system.servers["group"].counts.cod == 1
+            # Somebody overwrites the extent between the answer and the copy.
+            assert source.read_now(4 * EXTENT, EXTENT) == extent_of("e")
+            await r.write(4, extent_of("W"))
+            due.pop()()
+            assert r.content("source")[4 * EXTENT : 5 * EXTENT] == extent_of("W")
+            assert r.system.servers["group"].counts.cod == 1
+
+
+async def test_a_copy_that_is_due_after_the_restore_is_not_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with rig("clone") as r:
+        due: list[Callable[[], None]] = []
+        AFTERWARDS.set(due.append)
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 3)
+            monkeypatch.setattr(r.world.random, "random", lambda: 1.0)
+            assert r.system.sources["group"].read_now(3 * EXTENT, EXTENT) == extent_of("d")
+            await r.system.force_fracture("group", "clone")
+            due.pop()()
+        assert r.delta("clone") == "3"
+        assert r.content("source")[3 * EXTENT : 4 * EXTENT] == extent_of("x")
 
 
 class hold_the_sweep:  # noqa: N801 - used like a function

@@ -127,26 +127,39 @@ def failed_copy_counts(patch: Patch) -> None:
 
 def copied_at_once_without_intent(patch: Patch) -> None:
     """D1: a copy for a read that is made in one step does not look at the Persistent Delta Map."""
-    original = CodEngine._copy_now
+    original = CodEngine._copy_in_one_step
 
-    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> Buffer | None:
+    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> bool:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Durability, "covers", lambda *args: True)
             return original(self, claim, offset, length)
 
-    patch.setattr(CodEngine, "_copy_now", copy)
+    patch.setattr(CodEngine, "_copy_in_one_step", copy)
 
 
 def copied_at_once_though_not_written(patch: Patch) -> None:
     """L5: a copy for a read counts as made although the Source could not take it in one step."""
 
-    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> Buffer | None:
+    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> bool:
         data = self._server.units[claim.clone].read_now(offset, length)
-        if data is not None:
-            self._server.source.write_now(offset, data)
-        return data
+        if data is None:
+            return False
+        self._server.source.write_now(offset, data)
+        return True
 
-    patch.setattr(CodEngine, "_copy_now", copy)
+    patch.setattr(CodEngine, "_copy_in_one_step", copy)
+
+
+def intent_under_way_is_believed(patch: Patch) -> None:
+    """D1: what is being written to the Persistent Delta Map counts as if it were there."""
+    original = DurableMap.begin_write
+
+    def begin(self: DurableMap) -> Any:
+        batch = original(self)
+        self._under_way = {}
+        return batch
+
+    patch.setattr(DurableMap, "begin_write", begin)
 
 
 def cleared_before_the_copy(patch: Patch) -> None:
@@ -637,6 +650,7 @@ MUTANTS: list[Mutant] = [
     protected_map_dropped,
     restart_drops_early,
     intent_not_awaited,
+    intent_under_way_is_believed,
     trimmed_without_a_flush,
     trimmed_though_protected,
     fractured_without_a_flush,

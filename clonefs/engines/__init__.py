@@ -1,5 +1,6 @@
 """The engines: the trio tasks that move bytes as the Clone Group decides, and every command."""
 
+from clonefs.engines.cod import AFTERWARDS
 from clonefs.engines.counters import SOURCE, Tally, TallyStatistics
 from clonefs.engines.host import CloneLu, HostLu, SourceLu, past_the_end
 from clonefs.engines.read_only import ReadOnlySystem
@@ -18,6 +19,7 @@ from clonefs.engines.system import StorageSystem
 from clonefs.engines.verify import VerifyStatistics
 
 __all__ = [
+    "AFTERWARDS",
     "CONDITIONS",
     "SOURCE",
     "CloneLu",

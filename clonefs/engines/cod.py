@@ -4,16 +4,19 @@ It copies the extents that a host request needs from the Clone to the Source, wh
 waits in the COD Queue. It must never copy what it has not claimed.
 
 A write needs the copy. A read could do without, for a pending extent reads as the clone does; it
-copies so that what is in use is restored first. So copies for reads have a share of the time, and
-beyond that reads are answered from the clone: many hosts that read are not slowed down by copies
-that the Sync Engine makes at a lower price.
+copies so that what is in use is restored first. So it has its answer before the copy, if that can
+be made in one step then; and copies for reads have a share of the time, beyond which reads are only
+answered: many hosts that read are not slowed down by copies that the Sync Engine makes at a lower
+price.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import trio
+from trio.lowlevel import RunVar
 
 from clonefs.engines.server import GroupServer
 from clonefs.errors import ClonefsError, DeviceError
@@ -23,6 +26,10 @@ from clonefs.units import Buffer, LogicalUnit
 SHARE = 0.02  # of the time, for copies that reads ask for
 IN_ADVANCE = 0.02  # seconds of it, after a time without
 
+AFTERWARDS: RunVar[Callable[[Callable[[], None]], None]] = RunVar("clonefs.engines.afterwards")
+"""Does something once the request that is being answered has its answer, and before the next one is
+begun. Set by whoever brings the requests; where nobody has, it is done at once."""
+
 
 class CodEngine:
     """Copy On Demand for one group."""
@@ -31,6 +38,7 @@ class CodEngine:
         self._server = server
         self._credit = IN_ADVANCE  # seconds that copies for reads may take, at `_credit_at`
         self._credit_at = trio.current_time()
+        self._in_one_step = True
 
     def may_copy(self) -> bool:
         """Whether a read that meets a pending extent copies it."""
@@ -113,8 +121,10 @@ class CodEngine:
             data = await clone.read(offset, length)
         if not any_byte(data):  # holes stay holes
             await source.copy_from(clone, [(offset, length)], share=False)
-        elif not source.write_now(offset, data):
-            await source.write(offset, data)
+        else:
+            self._in_one_step = source.write_now(offset, data)
+            if not self._in_one_step:
+                await source.write(offset, data)
         return data
 
     async def read(self, claim: Claim, offset: int, length: int) -> Buffer:
@@ -127,29 +137,46 @@ class CodEngine:
             return await self._server.units[claim.clone].read(offset, length)
         return self._part(claim, data, offset, length)
 
-    def read_now(self, claim: Claim, offset: int, length: int) -> Buffer | None:
-        """The same in this very step, or None if that cannot be; then nothing has happened."""
-        geometry = self._server.group.geometry
-        extent_offset, extents_length = geometry.bytes_of(claim.first, claim.stop)
-        data: Buffer | None = None
+    def copies_in_one_step(self) -> bool:
+        """Whether a copy needs no waiting, as far as the last one could tell."""
+        return self._in_one_step
+
+    def copy_afterwards(self, first: int, stop: int) -> None:
+        """Copy what is pending of [first, stop) once the request that is being answered has its
+        answer, and before the next one is begun. In one step, or not at all."""
+        try:
+            afterwards = AFTERWARDS.get()
+        except LookupError:
+            self._copy_now(first, stop)
+        else:
+            afterwards(partial(self._copy_now, first, stop))
+
+    def _copy_now(self, first: int, stop: int) -> None:
+        server = self._server
+        if server.gate.held or server.group.restoring is None:
+            return
+        claim = server.group.route_read(first, stop, copy=True)[2]
+        if claim is None:
+            return
+        offset, length = server.group.geometry.bytes_of(claim.first, claim.stop)
+        copied = False
         try:
             with self._on_credit():
-                data = self._copy_now(claim, extent_offset, extents_length)
+                copied = self._in_one_step = self._copy_in_one_step(claim, offset, length)
         finally:
-            self._end(claim, extents_length, copied=data is not None)
-        return None if data is None else self._part(claim, data, offset, length)
+            self._end(claim, length, copied=copied)
 
-    def _copy_now(self, claim: Claim, offset: int, length: int) -> Buffer | None:
+    def _copy_in_one_step(self, claim: Claim, offset: int, length: int) -> bool:
         server = self._server
         if server.durability.covers(offset, length):
             started = time.perf_counter_ns()
-            # Who waits for what fails here is told.
+            # The next read waits for its copy, and is told what fails.
             with suppress(ClonefsError):
                 data = server.units[claim.clone].read_now(offset, length)
                 if data and any_byte(data) and server.source.write_now(offset, data):
                     server.counters.cod_copy.done(length, time.perf_counter_ns() - started)
-                    return data
-        return None
+                    return True
+        return False
 
     def _part(self, claim: Claim, data: Buffer, offset: int, length: int) -> Buffer:
         start, _ = self._server.group.geometry.bytes_of(claim.first, claim.stop)

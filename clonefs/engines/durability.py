@@ -5,8 +5,9 @@ D2: it is cleared late, by a checkpoint. D5, D6: the Persistent Protected Restor
 after a flush of the Source that began when the Source was complete there.
 
 Writers that arrive together share one write of the sectors (group commit); a run ahead of a writer
-is marked with it, so that a sequential one waits once in RUN_AHEAD extents, and soon in MOST_RUNS times
-as many. What is too much, the next checkpoint clears.
+is marked with it, RUN_AHEAD extents, and when a sequential one has come half-way through it the next
+run is marked while it goes on, each twice as long up to MOST_RUNS times that: so it waits once. What is
+too much, the next checkpoint clears.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -45,11 +46,16 @@ class Durability:
         self._run_ahead = run_ahead
         self._runs = 1  # that were marked ahead the last time,
         self._marked_to = 0  # up to this extent
+        self._half_way = -1  # the extent in the middle of them, once; who writes it wants more
+        self._more = trio.Event()
         self._writing: dict[int, trio.Event] = {}
 
     def covers(self, offset: int, length: int) -> bool:
         """D1: whether a write of these bytes may be issued."""
         first, stop = self._group.geometry.extents_of(offset, length)
+        if first <= self._half_way < stop:
+            self._half_way = -1
+            self._more.set()
         return not self._group.clones or self.delta.covers(first, stop)
 
     async def cover(self, offset: int, length: int) -> None:
@@ -70,7 +76,20 @@ class Durability:
         self._runs = min(2 * self._runs, MOST_RUNS) if sequential else 1
         ahead = self._run_ahead
         self._marked_to = min((-(-stop // ahead) + self._runs - 1) * ahead, self.delta.extents)
+        self._half_way = (stop + self._marked_to) // 2 if stop < self._marked_to else -1
         return first // ahead * ahead, self._marked_to
+
+    async def wanted(self) -> None:
+        """Wait until a sequential writer will soon need more than what is marked ahead of it."""
+        await self._more.wait()
+        self._more = trio.Event()
+
+    async def mark_ahead(self) -> None:
+        """Mark what comes next. Raises ClonefsError if that cannot be; who needs it will hear it too."""
+        first = self._marked_to
+        if self._group.clones and first < self.delta.extents:
+            self.delta.mark(*self._with_run_ahead(first, first + 1))
+            await self._write_out(self.delta)
 
     async def mark_all(self) -> None:
         """Every extent may differ from now on: a new clone, or a device that lost something."""

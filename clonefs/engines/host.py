@@ -88,15 +88,17 @@ class SourceLu:
         return self._unit.read_now(offset, length)
 
     def _read_pending_now(self, offset: int, length: int, first: int, stop: int) -> Buffer | None:
-        route, until, claim = self._group.route_read(first, stop, copy=self._cod.may_copy())
-        if claim is not None and until == stop:
-            return self._cod.read_now(claim, offset, length)
-        if claim is not None:
-            self._group.end_copy(claim, copied=False)
+        copies = self._cod.may_copy()
+        if copies and not self._cod.copies_in_one_step():
+            return None
+        route, until, _ = self._group.route_read(first, stop, copy=False)
         if route is not Route.CLONE or until < stop:  # in pieces
             return None
         assert self._group.restoring is not None
-        return self._server.unit(self._group.restoring).read_now(offset, length)
+        data = self._server.unit(self._group.restoring).read_now(offset, length)
+        if copies and data is not None:
+            self._cod.copy_afterwards(first, stop)
+        return data
 
     async def read(self, offset: int, length: int) -> Buffer:
         await self._gate.enter()

@@ -224,7 +224,8 @@ class StorageSystem:
         self.servers[server.name] = server
         self.sources[server.name] = SourceLu(server, CodEngine(server))
         assert self._nursery is not None
-        self._nursery.start_soon(self._checkpoints, server)
+        self._checkpointers[server.name] = trio.CancelScope()
+        self._nursery.start_soon(self._tend, server)
         return server
 
     def _make_server(
@@ -246,23 +247,41 @@ class StorageSystem:
             functools.partial(self._on_error, name),
         )
 
+    async def _tend(self, server: GroupServer) -> None:
+        """The durable maps of a group, as long as it is there."""
+        with self._checkpointers[server.name]:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._checkpoints, server)
+                nursery.start_soon(self._marks_ahead, server)
+
     async def _checkpoints(self, server: GroupServer) -> None:
-        """Trim the durable maps of a group every now and then."""
+        """Trim them every now and then."""
         said = ""
-        with self._checkpointers.setdefault(server.name, trio.CancelScope()):
-            while True:
-                await trio.sleep(self._checkpoint)
-                units = [server.source, *server.units.values()]
-                if any(isinstance(unit, MissingUnit) for unit in units):
-                    continue  # what cannot be flushed stays marked
-                try:
-                    await server.checkpoint()
-                    said = ""
-                except ClonefsError as error:
-                    if error.reason != said:  # a flush that failed fails each time
-                        said = error.reason
-                        group = {"clonefs_group": server.name}
-                        log.error("%s: no checkpoint: %s", server.name, said, extra=group)
+        while True:
+            await trio.sleep(self._checkpoint)
+            units = [server.source, *server.units.values()]
+            if any(isinstance(unit, MissingUnit) for unit in units):
+                continue  # what cannot be flushed stays marked
+            try:
+                await server.checkpoint()
+                said = ""
+            except ClonefsError as error:
+                if error.reason != said:  # a flush that failed fails each time
+                    said = error.reason
+                    group = {"clonefs_group": server.name}
+                    log.error("%s: no checkpoint: %s", server.name, said, extra=group)
+
+    async def _marks_ahead(self, server: GroupServer) -> None:
+        """Have them ahead of sequential writers, as a request among those of hosts: no transition
+        takes place meanwhile, and nobody closes the volume."""
+        while True:
+            await server.durability.wanted()
+            await server.gate.enter()
+            try:
+                with contextlib.suppress(ClonefsError):
+                    await server.durability.mark_ahead()
+            finally:
+                server.gate.leave()
 
     def _start_clone(self, server: GroupServer, name: str) -> None:
         assert self._nursery is not None

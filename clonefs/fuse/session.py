@@ -18,13 +18,15 @@ import logging
 import select
 import time
 import types
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyfuse3
 import trio
 from trio.lowlevel import Abort, Task, current_task, reschedule, wait_task_rescheduled
+
+from clonefs.engines import AFTERWARDS
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Session:
         opened = _descriptors() - self._before
         if len(opened) == 1 and _fits():
             self._workers = Workers(opened.pop())
+            AFTERWARDS.set(self._workers.afterwards)
             with self._workers.in_place():
                 await pyfuse3.main(min_tasks=1, max_tasks=1)
         else:
@@ -97,6 +100,7 @@ class Workers:
         self._slice_end = 0.0
         self._soon = False  # whether the last request came soon
         self._ended = False
+        self._due: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -107,6 +111,10 @@ class Workers:
             yield
         finally:
             _inside._session_loop, _inside._wait_fuse_readable = plain
+
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Do `work` when the request that is being answered in this step has its answer."""
+        self._due.append(work)
 
     def end(self) -> None:
         """Whoever waits for requests ends."""
@@ -157,6 +165,8 @@ class Workers:
     async def wait(self) -> bool:
         """Wait until the worker that runs can read a request; False: it is to end."""
         assert self._running is not None
+        while self._due:
+            self._due.pop()()
         if self._reader is not self._running and not await self._take(self._running):
             return False
         while not self._ended:

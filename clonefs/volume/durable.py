@@ -5,7 +5,9 @@ restore that it belongs to, once or in two copies. A sector is written whole or 
 assumption that docs/crash-safety.md states), and is on stable storage before anybody relies on it.
 
 Invariants: a bit that `covers` vouches for is on stable storage; a bit that is set in memory and
-not yet there belongs to a sector in `unwritten` or `writing`; copies are written one after the other.
+not yet there belongs to a sector in `unwritten` or `writing`, and to a run that is remembered with the
+sector; what a sector is going to have besides does not take away what it has, for it is written whole or
+not at all. Copies are written one after the other.
 """
 
 import struct
@@ -64,6 +66,8 @@ class Place:
     copy: int
     sector: int
 
+
+_RunsBySector = dict[int, list[tuple[int, int]]]
 
 _EMPTY = Sector(0, 0, bytes(DURABLE_SECTOR - _HEADER.size))
 
@@ -137,6 +141,10 @@ class DurableMap:
         self.bits = bitarray(extents, endian="little")
         self.unwritten: set[int] = set()
         self.writing: set[int] = set()
+        # By sector, the runs of set bits that are not on stable storage: until the next batch, and
+        # in this one.
+        self._new: _RunsBySector = {}
+        self._under_way: _RunsBySector = {}
         self.damaged: list[int] = []
         self.newest_epoch = epoch  # that any sector has
         self.single: list[int] = []
@@ -196,13 +204,13 @@ class DurableMap:
             self.damaged.append(sector)
             self.bits[start:stop] = damaged_as
             if damaged_as:
-                self.unwritten.add(sector)
+                self._distrust(sector)
             return
         if None in found:
             self.single.append(sector)
         newest = max(sound, key=lambda each: each.generation)
         if any(each != newest for each in found):
-            self.unwritten.add(sector)  # one copy is bad, or a write was cut off between them
+            self._distrust(sector)  # one copy is bad, or a write was cut off between them
         self._generations[sector] = newest.generation
         self.newest_epoch = max(self.newest_epoch, newest.epoch)
         if newest.epoch == self.epoch:
@@ -226,10 +234,14 @@ class DurableMap:
         """Whether all of [first, stop) is set, on stable storage."""
         if self.bits.find(0, first, stop) >= 0:
             return False
-        if not self.unwritten and not self.writing:
+        if not self._new and not self._under_way:
             return True
-        sectors = range(first // _BITS, (stop - 1) // _BITS + 1)
-        return self.unwritten.isdisjoint(sectors) and self.writing.isdisjoint(sectors)
+        return all(
+            start >= stop or end <= first
+            for sector in range(first // _BITS, (stop - 1) // _BITS + 1)
+            for runs in (self._new, self._under_way)
+            for start, end in runs.get(sector, ())
+        )
 
     def mark(self, first: int, stop: int) -> None:
         """Set [first, stop), to be written."""
@@ -239,7 +251,13 @@ class DurableMap:
             end = min(stop, self._range(sector)[1])
             self.bits[at:end] = 1
             self.unwritten.add(sector)
+            self._new.setdefault(sector, []).append((at, end))
             at = self.bits.find(0, end, stop) if end < stop else -1
+
+    def _distrust(self, sector: int) -> None:
+        """What the sector has on stable storage is not known: it has to be written."""
+        self.unwritten.add(sector)
+        self._new[sector] = [self._range(sector)]
 
     def clear(self, bits: bitarray, start: int) -> None:
         """Clear what is set in `bits`, which begin at extent `start`, to be written."""
@@ -259,6 +277,7 @@ class DurableMap:
         self.epoch = epoch
         self.bits.setall(0)
         self.unwritten.clear()
+        self._new.clear()
         self.mend()
 
     def mend(self) -> None:
@@ -273,6 +292,7 @@ class DurableMap:
         sectors = sorted(islice(self.unwritten, SECTORS_AT_ONCE))
         self.writing = set(sectors)
         self.unwritten -= self.writing
+        self._under_way = {each: self._new.pop(each) for each in sectors if each in self._new}
         for sector in sectors:
             self._generations[sector] += 1
         writes = []
@@ -289,5 +309,7 @@ class DurableMap:
     def end_write(self, *, written: bool) -> None:
         """The batch is on stable storage; or nobody knows, and it has to be written again."""
         if not written:
-            self.unwritten |= self.writing
+            for sector in self.writing:
+                self._distrust(sector)
         self.writing = set()
+        self._under_way = {}

@@ -115,7 +115,6 @@ def measure_first_reads(mount: Mount, part: Part) -> None:
     extents = FIRST_READ_SIZE // EXTENT
     chosen = random.sample(range(extents // 2, extents), 2 * FIRST_READS)
     times: dict[str, list[float]] = {OF_CLONE: [], PENDING: [], AGAIN: []}
-    before = mount.group("reads")["restore"]["cod_copies"]
     with opened(mount.lu("reads", "clone")) as clone, opened(mount.lu("reads")) as source:
         for other, extent in zip(chosen[::2], chosen[1::2], strict=True):
             for name, fd, at in (
@@ -124,7 +123,7 @@ def measure_first_reads(mount: Mount, part: Part) -> None:
                 (AGAIN, source, extent),
             ):
                 times[name].append(timed(_read(fd, at * EXTENT + 8192)))
-    if mount.group("reads")["restore"]["cod_copies"] - before < FIRST_READS:
+    if mount.group("reads")["restore"]["sync_copies"] > extents // 2:
         raise AssertionError("the extents were not pending")
     mount.command("reads/clone/rate", "max")
     mount.wait("reads", "fractured")
