@@ -127,9 +127,12 @@ class GroupServer:
         """The same for several groups, in one record."""
         before = [server.group.record for server, _ in changes]
         recorder = changes[0][0].recorder
-        await recorder.change(*((server.group, change) for server, change in changes))
-        for (server, _), record in zip(changes, before, strict=True):
-            server._changed(record)
+
+        def then() -> None:
+            for (server, _), record in zip(changes, before, strict=True):
+                server._changed(record)
+
+        await recorder.change(*((server.group, change) for server, change in changes), then=then)
 
     def _changed(self, before: GroupRecord) -> None:
         self.durability.adopted()

@@ -742,10 +742,14 @@ class StorageSystem:
             await server.flush_clone(name)
             await self._flush_those_to_split(server)
             try:
-                async with server.held(), self._allocation:
+                async with server.held():
                     await server.flush_clone(name)
                     await self._flush_those_to_split(server)
-                    await self._begin_restore(server, name, command)
+                    # Only a new map in the place of one that is not empty has to be allocated; other
+                    # groups that begin at the same time share a commit.
+                    allocates = server.group.protected.count > 0
+                    async with self._allocation if allocates else contextlib.nullcontext():
+                        await self._begin_restore(server, name, command)
             except ClonefsError:
                 await server.no_longer_equal()  # L6 may have marked clones that stay mirrored
                 raise
