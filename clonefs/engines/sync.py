@@ -19,7 +19,8 @@ from clonefs.units import LogicalUnit, MissingUnit
 from clonefs.volume import CloneState
 
 COPYING = RESTORES | {CloneState.SYNCHRONIZING}
-HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole
+HOLE_RUN = 1 << 30  # bytes that are passed over at a time where the origin has a hole, at first,
+LONGEST_HOLE_RUN = 1 << 36  # and at the most
 HOLE_HINT_EVERY = 16 << 20  # bytes after which to ask again for holes where there was none
 A_MOMENT = 1e-6  # seconds; less than this is not worth waiting, or not to be told from nothing
 QUICK, SLOW = 0.002, 0.008  # seconds for a run: then the next one is longer, or shorter
@@ -46,6 +47,7 @@ class SyncEngine:
     def _begin_pass(self) -> None:
         self._cursor = 0
         self._run = self._transfers.run  # bytes
+        self._hole_run = HOLE_RUN
         self._failed = 0
         self._singly_before = 0
         self._hint_at = 0
@@ -96,20 +98,19 @@ class SyncEngine:
         if at < self._singly_before:
             return 1
         if offset < self._data_at and self._target(clone).sparse:
-            return max(1, min(self._data_at - offset, HOLE_RUN) >> geometry.shift)
+            return max(1, min(self._data_at - offset, self._hole_run) >> geometry.shift)
         length = float(self._run)
         if clone.record.rate is not None:
             length = min(length, clone.record.rate * PATIENCE)
         return max(1, int(length) >> geometry.shift)
 
-    def _transfer_took(self, seconds: float) -> None:
+    def _transfer_took(self, seconds: float, *, in_hole: bool) -> None:
         """Runs are as long as can be copied in a few milliseconds: hosts that write to one wait for
         all of it, and what is shared rather than copied hardly takes time."""
-        if seconds < QUICK:
-            factor = 4 if seconds < QUICK / 4 else 2
-            self._run = min(factor * self._run, self._transfers.longest)
-        elif seconds > SLOW:
-            self._run = max(self._run // 2, self._transfers.run)
+        if in_hole:
+            self._hole_run = _adapted(self._hole_run, seconds, HOLE_RUN, LONGEST_HOLE_RUN)
+        else:
+            self._run = _adapted(self._run, seconds, self._transfers.run, self._transfers.longest)
 
     async def _step(self, clone: Clone) -> None:
         origin = self._origin(clone)
@@ -192,7 +193,8 @@ class SyncEngine:
             done = await self._target(clone).copy_from(
                 self._origin(clone), ranges, share=not self._group.record.full_copies
             )
-            self._transfer_took(trio.current_time() - started)
+            in_hole = ranges[0][0] < self._data_at
+            self._transfer_took(trio.current_time() - started, in_hole=in_hole)
         except ClonefsError as error:
             failure = error
         finally:
@@ -250,3 +252,10 @@ class SyncEngine:
         if clone.state is CloneState.REVERSE_SYNCHRONIZING:
             return True
         return self._group.next_pending(0, self._group.geometry.extents) < 0
+
+
+def _adapted(length: int, seconds: float, least: int, longest: int) -> int:
+    """How long the next run is if this one took so many seconds, in bytes."""
+    if seconds < QUICK:
+        return min((4 if seconds < QUICK / 4 else 2) * length, longest)
+    return max(length // 2, least) if seconds > SLOW else length

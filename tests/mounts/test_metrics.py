@@ -119,7 +119,8 @@ def test_what_was_done_is_counted(mount: Mount, busy: Group) -> None:
     assert value(mount, "clonefs_copied_extents_total", **cod) == 2
     assert value(mount, "clonefs_copied_bytes_total", **cod) == 2 * EXTENT
     assert value(mount, "clonefs_cod_copy_seconds_count", **of_group) == 2
-    assert value(mount, "clonefs_cod_wait_seconds_count", **of_group) >= 2
+    # The read may have had its answer before the copy.
+    assert value(mount, "clonefs_cod_wait_seconds_count", **of_group) >= 1
     sync = of_clone | {"engine": "sync"}
     assert value(mount, "clonefs_copied_extents_total", **sync) == 64 + 1
     assert value(mount, "clonefs_clone_pending_extents", **of_clone) == 32 - 3
