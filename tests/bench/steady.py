@@ -211,6 +211,7 @@ def _write_twice(there: Field, part: Part, who: str, group: str, each: FirstWrit
         offsets = shuffled(offsets)
     before = there.mount.group(group)["clones"]
     for what in (FIRST, LATER):
+        read_through(there.mount.backing(group))
         measured = write_once(there.mount.work, there.mount.lu(group), each.job, offsets)
         part.add(each.case, f"{who}: {what}", measured.iops)
         there.mount.flush(group)
