@@ -32,6 +32,7 @@ class Desk:
         self.told: dict[str, str] = {}
 
     async def _write(self, work: Callable[[], None]) -> None:
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):  # as a thread is
             await self.may_write.wait()
         if self.failing:
@@ -148,3 +149,25 @@ async def test_who_gives_up_is_told_if_it_is_too_late(taken: bool) -> None:
         desk.may_write.set()
     assert desk.told == {"a": "done", "b": "done", "c": "done" if taken else "cancelled"}
     assert desk.boot_id == f"{before}+a+b" + ("+c" if taken else "")
+
+
+async def test_who_gives_up_while_it_commits_for_others_does_it_all_the_same() -> None:
+    desk = Desk()
+    before = desk.boot_id
+    scope = trio.CancelScope()
+
+    async def first() -> None:
+        await desk.commit("a")
+        scope.cancel()  # the next one has the turn already
+
+    async def give_up() -> None:
+        with scope:
+            await desk.commit("b")
+
+    async with trio.open_nursery() as nursery:
+        for commit in (first, give_up, lambda: desk.commit("c")):
+            nursery.start_soon(commit)
+            await trio.testing.wait_all_tasks_blocked()
+        desk.may_write.set()
+    assert desk.told == dict.fromkeys("abc", "done")
+    assert desk.boot_id == f"{before}+a+b+c"

@@ -116,7 +116,8 @@ class Recorder:
                 each.error = error
         try:
             if record != self.volume.record:
-                await self._commit_record(record)
+                with trio.CancelScope(shield=True):  # the others have not given up
+                    await self._commit_record(record)
         except BaseException as error:
             for each in accepted:
                 each.error = error
