@@ -53,7 +53,8 @@ class CodEngine:
         try:
             yield
         finally:
-            self._credit -= trio.current_time() - started
+            took = trio.current_time() - started
+            self._credit = max(self._credit - took, -IN_ADVANCE)  # a device that hung is no debt
 
     @contextmanager
     def queued(self, verb: str, offset: int, length: int) -> Iterator[None]:
