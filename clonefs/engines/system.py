@@ -825,15 +825,20 @@ class StorageSystem:
         return True
 
     async def _complete_restore(self, server: GroupServer, name: str) -> None:
-        """D7. Most of the flush is done before the group is held. The flush of a checkpoint that
-        failed meanwhile would say that all may differ in a map that is about to change its meaning."""
+        """D7. Most of the flush is done before the group is held. Meanwhile the flush of a checkpoint
+        may fail, which marks all of the Delta Map (D10): before the commit, it is pending again; while
+        that is written, it is in what becomes the Protected Restore Map, and belongs to every clone."""
+        group = server.group
         await server.flush_source()
-        async with server.flushing, server.held():
-            if server.group.next_pending(0, server.group.geometry.extents) >= 0:
+        async with server.held():
+            if group.next_pending(0, group.geometry.extents) >= 0:
                 return
             await server.flush_source()
-            server.group.drop_protected_delta()
+            if group.next_pending(0, group.geometry.extents) >= 0:
+                return
+            group.drop_protected_delta()
             await server.change(lambda record: transitions.complete_restore(record, name))
+            group.drop_protected()
 
     async def _complete_reverse_sync(self, server: GroupServer, name: str) -> None:
         """The Source is flushed before the record says that it is what the others are copied from;
