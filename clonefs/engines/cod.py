@@ -38,7 +38,8 @@ class CodEngine:
         self._server = server
         self._credit = IN_ADVANCE  # seconds that copies for reads may take, at `_credit_at`
         self._credit_at = trio.current_time()
-        self._in_one_step = True
+        self.in_one_step = True
+        """Whether a copy needs no waiting, as far as the last one could tell."""
 
     def may_copy(self) -> bool:
         """Whether a read that meets a pending extent copies it."""
@@ -123,8 +124,8 @@ class CodEngine:
         if not any_byte(data):  # holes stay holes
             await source.copy_from(clone, [(offset, length)], share=False)
         else:
-            self._in_one_step = source.write_now(offset, data)
-            if not self._in_one_step:
+            self.in_one_step = source.write_now(offset, data)
+            if not self.in_one_step:
                 await source.write(offset, data)
         return data
 
@@ -137,10 +138,6 @@ class CodEngine:
             # The Source may be what failed; the clone has the bytes all the same.
             return await self._server.units[claim.clone].read(offset, length)
         return self._part(claim, data, offset, length)
-
-    def copies_in_one_step(self) -> bool:
-        """Whether a copy needs no waiting, as far as the last one could tell."""
-        return self._in_one_step
 
     def copy_afterwards(self, first: int, stop: int) -> None:
         """Copy what is pending of [first, stop) once the request that is being answered has its
@@ -163,7 +160,7 @@ class CodEngine:
         copied = False
         try:
             with self._on_credit():
-                copied = self._in_one_step = self._copy_in_one_step(claim, offset, length)
+                copied = self.in_one_step = self._copy_in_one_step(claim, offset, length)
         finally:
             self._end(claim, length, copied=copied)
 

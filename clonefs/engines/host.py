@@ -83,16 +83,16 @@ class SourceLu:
         group = self._group
         if group.restoring is not None:
             first, stop = group.geometry.extents_of(offset, length)
-            if group.next_pending(first, stop) >= 0:
+            route, until, _ = group.route_read(first, stop, copy=False)
+            if until < stop:  # in pieces
+                return None
+            if route is Route.CLONE:
                 return self._read_pending_now(offset, length, first, stop)
         return self._unit.read_now(offset, length)
 
     def _read_pending_now(self, offset: int, length: int, first: int, stop: int) -> Buffer | None:
         copies = self._cod.may_copy()
-        if copies and not self._cod.copies_in_one_step():
-            return None
-        route, until, _ = self._group.route_read(first, stop, copy=False)
-        if route is not Route.CLONE or until < stop:  # in pieces
+        if copies and not self._cod.in_one_step:
             return None
         assert self._group.restoring is not None
         data = self._server.unit(self._group.restoring).read_now(offset, length)

@@ -69,7 +69,7 @@ class Place:
 
 _RunsBySector = dict[int, list[tuple[int, int]]]
 
-_EMPTY = Sector(0, 0, bytes(DURABLE_SECTOR - _HEADER.size))
+_EMPTY = Sector(0, 0, _NO_BITS)
 
 
 def unpack_sector(place: Place, data: bytes) -> Sector:
