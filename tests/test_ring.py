@@ -1,5 +1,6 @@
 """Reads through io_uring: what they bring, what they do when they cannot, and that nobody waits."""
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -14,6 +15,7 @@ from clonefs.errors import DeviceError
 from clonefs.units import BackingUnit, backing, open_backing
 from clonefs.units import ring as module
 from clonefs.units.ring import ENTRIES, Ring, ring
+from tests.mounts.faulty import FaultyDevice, faulty_device
 
 SIZE = 8 << 20
 DATA = random.Random(1).randbytes(SIZE)
@@ -51,7 +53,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def here() -> Ring:
-    found = ring()
+    found = ring(local=True)
     assert found is not None, "this kernel does not allow io_uring"
     return found
 
@@ -92,7 +94,8 @@ async def test_many_at_a_time(fd: int) -> None:
 
 async def test_what_it_cannot_read_is_not_read(fd: int, pipe: tuple[int, int]) -> None:
     assert not await here().read(fd, SIZE - 100, bytearray(PAGE))  # there is less
-    assert not await here().read(pipe[1], 0, bytearray(1))  # not open for reading
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        await here().read(pipe[1], 0, bytearray(1))  # not open for reading
     os.write(pipe[1], b"there")
     assert not await here().read(pipe[0], 0, bytearray(PAGE))
 
@@ -147,7 +150,8 @@ async def test_without_a_ring_threads_read(
 
     monkeypatch.setattr(module, "_call", refused)
     assert await unit.read(512, PAGE) == DATA[512 : 512 + PAGE]
-    assert ring() is None
+    assert ring(local=True) is None
+    assert ring(local=False) is None
 
 
 async def test_a_unit_reads_through_it_what_is_small(
@@ -164,6 +168,57 @@ async def test_a_unit_reads_through_it_what_is_small(
     for length in (PAGE, backing.RING_LARGEST, backing.RING_LARGEST + 512):
         assert await unit.read(0, length) == DATA[:length]
     assert lengths == [PAGE, backing.RING_LARGEST]
+
+
+def _unit_on(device: FaultyDevice) -> BackingUnit:
+    (device.behind / "file").write_bytes(DATA)
+    return open_backing(device.path / "file")
+
+
+async def test_who_never_answers_keeps_nobody_else_waiting(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit has only so many places in the ring."""
+
+    def no_thread(*arguments: object) -> bytearray:
+        raise AssertionError("read by a thread")
+
+    monkeypatch.setattr(BackingUnit, "_read", no_thread)
+    with faulty_device(tmp_path / "hangs") as bad, faulty_device(tmp_path / "answers") as good:
+        hanging, answering, local = _unit_on(bad), _unit_on(good), open_backing(file)
+        hang = bad.hang(bad.path / "file", "read")
+        read: list[int] = []
+
+        async def reader(offset: int) -> None:
+            assert await hanging.read(offset, PAGE) == DATA[offset : offset + PAGE]
+            read.append(offset)
+
+        offsets = range(0, SIZE, SIZE // (2 * backing.THREADS))
+        async with trio.open_nursery() as nursery:
+            try:
+                for offset in offsets:
+                    nursery.start_soon(reader, offset)
+                await trio.testing.wait_all_tasks_blocked()
+                hang.wait_for_a_hang(backing.THREADS)
+                assert await answering.read(512, PAGE) == DATA[512 : 512 + PAGE]
+                assert await local.read(512, PAGE) == DATA[512 : 512 + PAGE]
+                assert hang.hanging == backing.THREADS
+                assert not read
+            finally:
+                bad.mend()
+        assert sorted(read) == list(offsets)
+        for unit in (hanging, answering, local):
+            unit.close()
+
+
+async def test_there_is_a_worker_for_each_read_that_may_hang() -> None:
+    """What they read may be on a file system of which each read keeps one (this kernel has more than it
+    says for FUSE, so that it cannot be shown by reads that hang)."""
+    made = ring(local=False)
+    assert made is not None
+    workers = (ctypes.c_uint * 2)(0, 0)  # 0: only tell
+    made.limit_workers(workers)
+    assert workers[0] > ENTRIES
 
 
 async def test_an_error_is_told_as_threads_tell_it(unit: BackingUnit) -> None:

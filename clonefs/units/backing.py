@@ -80,11 +80,18 @@ class BackingUnit:
         return None
 
     async def read(self, offset: int, length: int) -> Buffer:
-        # A large one takes longer to copy than to hand over, and the loop has others to serve. What lies
-        # on a file system that asks somebody could keep the kernel's few threads behind the ring.
-        if self._is_local and length <= RING_LARGEST and (here := ring()) is not None:
+        # A large one takes longer to copy than to hand over, and the loop has others to serve.
+        if length <= RING_LARGEST and (here := ring(local=self._is_local)) is not None:
             data = bytearray(length)
-            if await here.read(self.fd, offset, data):
+            try:
+                if self._is_local:
+                    done = await here.read(self.fd, offset, data)
+                else:  # who may never answer gets no more places in the ring than threads
+                    async with self._threads:
+                        done = await here.read(self.fd, offset, data)
+            except OSError as error:
+                raise self._error("read", offset, length, error) from error
+            if done:
                 return data
         return await trio.to_thread.run_sync(self._read, offset, length, limiter=self._threads)
 

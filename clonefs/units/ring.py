@@ -3,13 +3,16 @@
 A read of what the page cache does not have costs a thread ten times what the same read of cached bytes
 costs, most of it for handing it there and back. A ring costs about as much as a cached read.
 
-There is one ring for an event loop, made for the first read that needs it. Where the kernel has none or
-does not allow it (sysctl kernel.io_uring_disabled, a container), or it is full, `read` says so, and
-threads do the same.
+There are two rings for an event loop, each made for the first read that needs it: one for what is on
+local disks, and one for file systems that ask somebody, who may never answer. There each read keeps a
+worker of the kernel, and a place in the ring, until it is answered; so there are as many workers as
+places, and the others have a ring of their own. Where the kernel has none or does not allow it (sysctl
+kernel.io_uring_disabled, a container), or it is full, `read` says so, and threads do the same.
 """
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -24,6 +27,8 @@ ENTRIES = 256
 
 _SETUP, _ENTER, _REGISTER = 425, 426, 427  # the same on every architecture
 _REGISTER_EVENTFD = 4
+_REGISTER_IOWQ_MAX_WORKERS = 19
+_ASYNC = 1 << 4  # a flag of an entry: not even a try in the call that submits it
 _SQES_OFFSET = 0x10000000
 _SINGLE_MMAP = 1  # struct io_uring_params.features
 _OP_READ = 22
@@ -31,6 +36,11 @@ _PARAMS = struct.Struct("20x I 16x 10I 10I")  # features; sq_off; cq_off
 _ENTRIES = struct.Struct("2I")
 _SQE = struct.Struct("<B B H i Q Q I I Q 24x")
 _CQE = struct.Struct("<Q i I")
+
+_NOT_IN_THIS_WAY = (
+    *(errno.EAGAIN, errno.EINTR, errno.ECANCELED),
+    *(errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOMEM, errno.EPERM),
+)
 
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 _syscall.restype = ctypes.c_long
@@ -47,9 +57,10 @@ class _Read:
 
 
 class Ring:
-    """Raises OSError where the kernel does not give one."""
+    """`local`: for what is on local disks. Raises OSError where the kernel does not give one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, local: bool) -> None:
+        self._flags = 0 if local else _ASYNC
         params = ctypes.create_string_buffer(120)
         self._fd = _call(_SETUP, ENTRIES, ctypes.addressof(params))
         self._done = -1
@@ -58,11 +69,20 @@ class Ring:
             self._done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             number = ctypes.c_int(self._done)
             _call(_REGISTER, self._fd, _REGISTER_EVENTFD, ctypes.addressof(number), 1)
+            if not local:
+                # The rings have them in common, and the other one may need some now and then.
+                self.limit_workers((ctypes.c_uint * 2)(2 * ENTRIES, 0))
         except BaseException:
             self._close()
             raise
         self._reads: dict[int, _Read] = {}
         self._next = 0
+
+    def limit_workers(self, most: "ctypes.Array[ctypes.c_uint]") -> None:
+        """Let the kernel have at most so many workers for reads of files and of anything else; 0 is what
+        it has. Gets what it had before."""
+        address = ctypes.addressof(most)
+        _call(_REGISTER, self._fd, _REGISTER_IOWQ_MAX_WORKERS, address, len(most))
 
     def _map(self, params: bytes) -> None:
         sq_entries, cq_entries = _ENTRIES.unpack_from(params)
@@ -82,9 +102,9 @@ class Ring:
             words[sq[6] // 4 + index] = index
 
     async def read(self, fd: int, offset: int, data: bytearray) -> bool:
-        """Fill `data` from the file `fd`, at `offset` (bytes); False if that was not possible, or an
-        error: then whoever reads in another way hears what it is. Not to be cancelled, since the kernel
-        writes to `data` until it is done."""
+        """Fill `data` from the file `fd`, at `offset` (bytes); False if that was not possible in this
+        way, or there is less. Raises OSError. Not to be cancelled, since the kernel writes to `data`
+        until it is done."""
         if len(self._reads) >= ENTRIES:
             return False
         read = _Read(ctypes.c_char.from_buffer(data))
@@ -94,6 +114,9 @@ class Ring:
         if read.result is None:
             read.task = current_task()
             await wait_task_rescheduled(lambda _: Abort.FAILED)
+        assert read.result is not None
+        if read.result < 0 and -read.result not in _NOT_IN_THIS_WAY:
+            raise OSError(-read.result, os.strerror(-read.result))
         return read.result == len(data)
 
     def _submit(self, read: _Read, fd: int, offset: int, length: int) -> bool:
@@ -101,9 +124,8 @@ class Ring:
         address = ctypes.addressof(read.buffer)
         tail = self._words[self._sq_tail]
         slot = tail & self._sq_mask
-        _SQE.pack_into(
-            self._sqes, slot * _SQE.size, _OP_READ, 0, 0, fd, offset, address, length, 0, number
-        )
+        entry = (_OP_READ, self._flags, 0, fd, offset, address, length, 0, number)
+        _SQE.pack_into(self._sqes, slot * _SQE.size, *entry)
         self._reads[number] = read
         self._words[self._sq_tail] = (tail + 1) & 0xFFFFFFFF
         if _syscall(_ENTER, self._fd, 1, 0, 0, 0, 0) != 1:
@@ -142,18 +164,21 @@ class Ring:
                 os.close(fd)
 
 
-_RING: RunVar[Ring | None] = RunVar("clonefs.units.ring")
+_LOCAL: RunVar[Ring | None] = RunVar("clonefs.units.ring local")
+_REMOTE: RunVar[Ring | None] = RunVar("clonefs.units.ring remote")
 
 
-def ring() -> Ring | None:
-    """The ring of this event loop; None where the kernel gives none."""
+def ring(*, local: bool) -> Ring | None:
+    """The ring of this event loop for what is on local disks, or the other one; None where the kernel
+    gives none."""
+    held = _LOCAL if local else _REMOTE
     with contextlib.suppress(LookupError):
-        return _RING.get()
+        return held.get()
     made: Ring | None = None
     with contextlib.suppress(OSError):
-        made = Ring()
+        made = Ring(local=local)
         trio.lowlevel.spawn_system_task(made.reap)
-    _RING.set(made)
+    held.set(made)
     return made
 
 
