@@ -61,8 +61,9 @@ def test_a_blow_at_every_point(scenario: str, blow: Blow, pytestconfig: pytest.C
     assert runs * step > 100
 
 
+@pytest.mark.parametrize("blow", Blow)
 def test_restores_that_begin_again_on_a_full_volume(
-    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+    blow: Blow, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     """There is no slot for another Protected Restore Map, so that it is emptied in its place."""
     original, refused = MetadataVolume.new_map_slot, []
@@ -76,9 +77,10 @@ def test_restores_that_begin_again_on_a_full_volume(
         return original(self, extents, beside=beside)
 
     monkeypatch.setattr(MetadataVolume, "new_map_slot", full_when_restarted)
-    seeds = 2000 if pytestconfig.getoption("--long") else 60
-    for seed in range(seeds):
-        run_it(Simulation(random_plan(seed)))
+    step = 1 if pytestconfig.getoption("--long") else 7
+    for number in range(1, 100_000, step):
+        if not run_it(Simulation(plan_of("restore_begun_again", blow, number))).hit:
+            break
     assert refused
 
 

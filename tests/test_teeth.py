@@ -27,7 +27,7 @@ from clonefs.group.writes_in_flight import WritesInFlight
 from clonefs.testing import SCENARIOS, Blow, Plan, Simulation, plan_of, random_plan
 from clonefs.testing.world import SimulatedUnit
 from clonefs.units import Buffer, FlushFailure, LogicalUnit
-from clonefs.volume import DurableMap, GroupRecord, MetadataVolume, Record
+from clonefs.volume import DurableMap, GroupRecord, MapSlot, MetadataVolume, Record
 
 RUNS = 1200
 DEATHS = (Blow.KILL, Blow.POWER_CUT)
@@ -627,7 +627,48 @@ def remembers_a_stamp_that_is_not_durable(patch: Patch) -> None:
     patch.setattr(Recorder, "_stamp", stamp)
 
 
+def stores_to_what_rests(patch: Patch) -> None:
+    """A bit is set in a piece of a live map that rests."""
+    patch.setattr(ExtentMap, "_touch", lambda self, first, stop: None)
+
+
+def rests_though_marked(patch: Patch) -> None:
+    """A piece of a live map rests in which a bit was set while it was flushed."""
+    original = ExtentMap._touch
+
+    def touch(self: ExtentMap, first: int, stop: int) -> None:
+        to_rest = [piece for piece, rests in self._watched.items() if not rests]
+        original(self, first, stop)
+        self._watched.update(dict.fromkeys(to_rest, False))
+
+    patch.setattr(ExtentMap, "_touch", touch)
+
+
+def rests_without_a_flush(patch: Patch) -> None:
+    """A piece of a live map rests, and is not clear on stable storage."""
+    patch.setattr(MetadataVolume, "flush_map", lambda self, slot: None)
+
+
+def rests_at_once(patch: Patch) -> None:
+    """What is clear in the page cache rests from the beginning, also after a death."""
+    original = MetadataVolume._pieces
+
+    def pieces(self: MetadataVolume, slot: MapSlot, extents: int) -> Any:
+        record = self.record
+        self.record = replace(record, clean=True)
+        try:
+            return original(self, slot, extents)
+        finally:
+            self.record = record
+
+    patch.setattr(MetadataVolume, "_pieces", pieces)
+
+
 MUTANTS: list[Mutant] = [
+    stores_to_what_rests,
+    rests_though_marked,
+    rests_without_a_flush,
+    rests_at_once,
     source_write_unmarked,
     clone_write_unmarked,
     mirrored_write_unmarked,

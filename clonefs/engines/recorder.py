@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import trio
 
 from clonefs.engines.counters import Tally
+from clonefs.extents import ExtentMap
 from clonefs.group import CloneGroup
 from clonefs.units import LogicalUnit
 from clonefs.volume import GroupRecord, MapSlot, MetadataVolume, Record
@@ -188,6 +189,17 @@ class Recorder:
                 self.volume.write_durably(offset, data)
 
         await self._write(write)
+
+    async def rest(self, extents: ExtentMap, slot: MapSlot) -> None:
+        """Let the clear pieces of the live map in `slot` rest. Raises ClonefsError."""
+        self.check()
+        if extents.begin_rest():
+            flushed = False
+            try:
+                await self._write(lambda: self.volume.flush_map(slot))
+                flushed = True
+            finally:
+                extents.end_rest(flushed=flushed)
 
     async def clear_durably(self, slot: MapSlot) -> None:
         """Zeros in the place of durable maps. Raises ClonefsError."""

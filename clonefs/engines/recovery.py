@@ -78,7 +78,8 @@ def load(volume: MetadataVolume, record: GroupRecord) -> Loaded:
     if not (trusted or group.protecting):
         group.protected.clear_all()  # D has it all, and only a Protected Restore has a P
     if group.protecting:
-        unknown = group.protected.bits[: group.geometry.extents] & ~protected.bits
+        extents = group.geometry.extents
+        unknown = group.protected.bits[:extents] & ~protected.bits[:extents]
         group.newly_protected = dict.fromkeys(runs(unknown))
     fates = (line for clone in record.clones for line in _fate(group, clone))
     return Loaded(group, delta, protected, damage, tuple(fates))

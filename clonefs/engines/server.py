@@ -79,6 +79,7 @@ class GroupServer:
         self.durability = durability
         self._on_change = on_change
         self._progress = trio.lowlevel.ParkingLot()
+        self._restless = True
 
     @property
     def name(self) -> str:
@@ -138,6 +139,7 @@ class GroupServer:
         self.durability.adopted()
         if self.group.record.epoch != before.epoch:  # a restore begins, or begins again
             self.modified = self.now()
+        self._restless = True
         self._on_change(before, self.group.record)
         self.wake()
 
@@ -205,6 +207,18 @@ class GroupServer:
             with self.counters.checkpoint.timed():
                 await self.durability.checkpoint(self.flush_all)
             self.counters.checkpoint_at = time.monotonic()
+
+    async def rest(self) -> None:
+        """What is clear of the maps takes no memory, if a change of state may have cleared much since
+        the last time. Raises ClonefsError."""
+        if self._restless:
+            self._restless = False
+            async with self.flushing:
+                for extents, slot in self.group.live_maps():
+                    await self.recorder.rest(extents, slot)
+                    await trio.lowlevel.checkpoint()
+                self.durability.delta.rest()
+                self.durability.protected.rest()
 
     async def flush_all(self) -> None:
         """Flush every unit. Raises ClonefsError."""

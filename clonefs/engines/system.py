@@ -264,6 +264,7 @@ class StorageSystem:
                 continue  # what cannot be flushed stays marked
             try:
                 await server.checkpoint()
+                await server.rest()
                 said = ""
             except ClonefsError as error:
                 if error.reason != said:  # a flush that failed fails each time

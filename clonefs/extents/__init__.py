@@ -5,7 +5,7 @@ a map means: that is the Clone Group's.
 """
 
 from clonefs.extents.geometry import MAX_EXTENT_SIZE, MAX_SIZE, MIN_EXTENT_SIZE, SECTOR, Geometry
-from clonefs.extents.maps import ExtentMap, Run, extent_list, run_text
+from clonefs.extents.maps import ExtentMap, Pieces, Run, extent_list, run_text
 from clonefs.extents.sizes import format_size, parse_size
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "SECTOR",
     "ExtentMap",
     "Geometry",
+    "Pieces",
     "Run",
     "extent_list",
     "format_size",

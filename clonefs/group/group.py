@@ -458,6 +458,11 @@ class CloneGroup:
         """Whether somebody has claimed an extent that still differs in `clone`."""
         return any(clone.delta.next_set(claim.first, claim.stop) >= 0 for claim in self.scoreboard)
 
+    def live_maps(self) -> list[tuple[ExtentMap, MapSlot]]:
+        """The live maps, and where on the volume they lie."""
+        maps = [(self.protected, self.record.protected)]
+        return maps + [(clone.delta, clone.record.delta) for clone in self.clones.values()]
+
     def live_union(self, start: int, stop: int) -> bitarray:
         """What any Delta Map or the Protected Restore Map has in [start, stop)."""
         union = self.protected.bits[start:stop]

@@ -11,7 +11,7 @@ import importlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 
 import trio
 import trio.testing
+from bitarray import bitarray
 
 from clonefs.engines import Recorder, StorageSystem
 from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
-from clonefs.extents import SECTOR, ExtentMap
+from clonefs.extents import SECTOR, ExtentMap, Pieces
 from clonefs.group import CloneGroup
 from clonefs.testing.driver import EXTENT, PER_EXTENT, Counts, Driver
 from clonefs.testing.ledger import SOURCE, Clock, Ledger, disk_name
@@ -31,7 +32,7 @@ from clonefs.testing.oracle import Register, Violation, stamp, stamps
 from clonefs.testing.scenarios import SCENARIOS
 from clonefs.testing.world import Disk, Faults, SimulatedMedium, SimulatedUnit, World
 from clonefs.units import LogicalUnit
-from clonefs.volume import CloneState, MapSlot, MetadataVolume, format_medium
+from clonefs.volume import CloneState, MetadataVolume, format_medium
 from clonefs.volume.check import Fault, Severity, examine
 
 GROUPS = ("g", "h")
@@ -136,13 +137,12 @@ class PointedVolume(MetadataVolume):
         self._world = world
         super().__init__(SimulatedMedium(world), f"boot {boot}")
 
-    def map(self, slot: MapSlot, extents: int) -> ExtentMap:
-        found = super().map(slot, extents)
-        if not isinstance(found, PointedMap):
-            pointed = PointedMap(found.bits, extents)
-            pointed.world = self._world
-            self._maps[slot] = found = pointed
-        return found
+    def _new_map(
+        self, bits: bitarray, extents: int, pieces: Pieces | None, resting: Iterable[int]
+    ) -> ExtentMap:
+        pointed = PointedMap(bits, extents, pieces, resting)
+        pointed.world = self._world
+        return pointed
 
 
 @contextmanager

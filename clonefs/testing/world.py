@@ -20,6 +20,7 @@ import trio
 
 from clonefs.errors import ClonefsError, DeviceError, failed
 from clonefs.extents import SECTOR
+from clonefs.testing.oracle import Violation
 from clonefs.units import Buffer, FlushFailure, LogicalUnit
 
 PAGE = 4096
@@ -344,19 +345,44 @@ class SimulatedMedium:
     """The pages of a metadata volume in `world`."""
 
     name = VOLUME
+    piece = 1
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._resting: dict[int, int] = {}
         self.size = len(world.volume)
         self.view = memoryview(world.volume)
 
     def read(self, offset: int, length: int) -> bytes:
+        self._look()
         return bytes(self.view[offset : offset + length])
 
     def keep(self, offset: int, length: int) -> None:
-        pass  # all of it is in memory
+        assert not any(offset <= at < offset + length for at in self._resting)
+
+    def rest(self, offset: int, length: int) -> None:
+        self._resting[offset] = length
+        self._look()
+
+    def wake(self, offset: int, length: int) -> None:
+        self._look()
+        assert self._resting.pop(offset) == length
+
+    def forget(self, offset: int, length: int) -> None:
+        for at in [at for at in self._resting if offset <= at < offset + length]:
+            del self._resting[at]
+
+    def _look(self) -> None:
+        """On a real volume a store to what rests ends the process; and what rests has only the disk."""
+        for at, length in self._resting.items():
+            for pages in (self._world.volume, self._world.volume_on_disk):
+                if any(pages[at : at + length]):
+                    raise Violation(
+                        f"the {length} bytes at {at} of the volume rest, but are not clear"
+                    )
 
     def write_durably(self, offset: int, data: bytes) -> None:
+        self._look()
         world = self._world
         fails = world.begins("write", VOLUME)
         middle = world.random.randrange(0, len(data), SECTOR) if len(data) > SECTOR else 0
@@ -369,7 +395,14 @@ class SimulatedMedium:
         if fails:
             raise failed("writing to the volume failed: a simulated error")
 
+    def flush_part(self, offset: int, length: int) -> None:
+        if self._world.begins("flush", VOLUME):
+            raise failed("flushing the volume failed: a simulated error")
+        part = slice(offset, offset + length)
+        self._world.volume_on_disk[part] = self._world.volume[part]
+
     def flush(self) -> None:
+        self._look()
         if self._world.begins("flush", VOLUME):
             raise failed("flushing the volume failed: a simulated error")
         self._world.volume_on_disk[:] = self._world.volume

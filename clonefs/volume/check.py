@@ -396,7 +396,7 @@ class _Group:
                     f"the restore from {restoring.name} will change {_extents(missing.count())} that "
                     f"its Delta Map does not have ({shortened(listed(missing))})",
                 )
-        more = self._protected.bits & ~protected
+        more = self._protected.bits[: self._extents] & ~protected
         if more.any():
             yield _wrong(
                 Fault.PROTECTED_BITS,
@@ -426,8 +426,8 @@ class _Group:
             for clone in self._group.clones:
                 union |= self._live(clone.delta)
         elif self._restoring is not None:
-            union |= self._protected.bits
-        missing = union & ~self._delta.bits
+            union |= self._protected.bits[: self._extents]
+        missing = union & ~self._delta.bits[: self._extents]
         if missing.any():
             which = "the live maps" if self._trusted else "the Persistent Protected Restore Map"
             yield _wrong(

@@ -10,6 +10,7 @@ sector; what a sector is going to have besides does not take away what it has, f
 not at all. Copies are written one after the other.
 """
 
+import mmap
 import struct
 import zlib
 from collections.abc import Callable
@@ -31,6 +32,7 @@ PERSISTENT_PROTECTED_RESTORE_MAP = 2
 
 _HEADER = struct.Struct("<IBBHQII8s")
 _BITS = EXTENTS_PER_DURABLE_SECTOR
+_LARGE = 1 << 20  # extents
 SECTORS_AT_ONCE = 1024  # that are packed in one step: about ten milliseconds
 _NEVER_WRITTEN = bytes(DURABLE_SECTOR)
 _NO_BITS = bytes(DURABLE_SECTOR - _HEADER.size)
@@ -122,8 +124,18 @@ def load_durable_maps(
     return delta, protected
 
 
+def _zeros(extents: int) -> bitarray:
+    """That many bits, all clear. Where they are many there are up to seven more, never set, and they
+    take memory only where some are set."""
+    if extents < _LARGE:
+        return bitarray(extents, endian="little")
+    pages = mmap.mmap(-1, -(-extents // 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return bitarray(buffer=pages, endian="little")
+
+
 class DurableMap:
-    """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`.
+    """A map of `extents` extents, of kind `kind`, in copies that begin at the bytes `offsets`. There may
+    be a few more `bits`.
 
     `epoch` is the number of the restore that the bits belong to; 0 where that does not matter.
     `damaged` are the sectors of which no copy could be read, `single` those of which only one could;
@@ -138,7 +150,7 @@ class DurableMap:
         self.extents = extents
         self.epoch = epoch
         self.sectors = -(-extents // _BITS)
-        self.bits = bitarray(extents, endian="little")
+        self.bits = _zeros(extents)
         self.unwritten: set[int] = set()
         self.writing: set[int] = set()
         # By sector, the runs of set bits that are not on stable storage: until the next batch, and
@@ -275,7 +287,7 @@ class DurableMap:
         """All is clear for the restore number `epoch`, once the record says that number: sectors of
         another one count as empty."""
         self.epoch = epoch
-        self.bits.setall(0)
+        self.bits = _zeros(self.extents)
         self.unwritten.clear()
         self._new.clear()
         self.mend()
@@ -284,6 +296,11 @@ class DurableMap:
         """What is in memory is right for the sectors that are damaged too: let them be written."""
         self.unwritten.update(self.damaged)
         self.damaged.clear()
+
+    def rest(self) -> None:
+        """If nothing is set, it takes no memory from now on."""
+        if not self.bits.any():
+            self.bits = _zeros(self.extents)
 
     def begin_write(self) -> Batch:
         """What has to be written now, or a part of it: to pack all of a large map takes long. One

@@ -14,14 +14,14 @@ import stat
 import struct
 import threading
 import uuid as uuid_module
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 from bitarray import bitarray
 
 from clonefs.errors import ClonefsError, busy, failed, invalid, missing, read_only, taken
-from clonefs.extents import ExtentMap, Geometry, format_size
+from clonefs.extents import ExtentMap, Geometry, Pieces, format_size
 from clonefs.units import open_alone
 from clonefs.volume import layout
 from clonefs.volume.durable import DurableMap, load_durable_maps
@@ -101,8 +101,8 @@ class MetadataVolume:
         which of the two records a crash would find is not known.
         """
         with self._committing:
-            if self._broken is not None:
-                raise self._broken
+            if (broken := self.broken) is not None:
+                raise broken
             slot = self._pack(record)
             try:
                 self._write_record(slot)
@@ -126,7 +126,7 @@ class MetadataVolume:
                 f"the metadata volume cannot be written ({error.reason}): {what} until it is mended "
                 f"and mounted again"
             )
-        return self._broken
+        return _fresh(self._broken)
 
     def _doubt(self) -> bool:
         """Write the record again, as one whose live maps are doubtful. It takes the place of one that
@@ -171,34 +171,72 @@ class MetadataVolume:
     @property
     def broken(self) -> ClonefsError | None:
         """Why nothing can be committed any more; then no map may change either."""
-        return self._broken
+        return None if self._broken is None else _fresh(self._broken)
 
     def map(self, slot: MapSlot, extents: int) -> ExtentMap:
         """The live map in `slot`; the same object each time."""
         if slot not in self._maps:
-            self._medium.keep(slot.offset, slot.length)
             pages = self._medium.view[slot.offset : slot.offset + slot.length]
-            self._maps[slot] = ExtentMap(bitarray(buffer=pages, endian="little"), extents)
+            bits = bitarray(buffer=pages, endian="little")
+            self._maps[slot] = self._new_map(bits, extents, *self._pieces(slot, extents))
         return self._maps[slot]
+
+    def _new_map(
+        self, bits: bitarray, extents: int, pieces: Pieces | None, resting: Iterable[int]
+    ) -> ExtentMap:
+        return ExtentMap(bits, extents, pieces, resting)
+
+    def _pieces(self, slot: MapSlot, extents: int) -> tuple[Pieces | None, list[int]]:
+        """The pieces of a live map, and those of them that rest from the beginning: what is clear on a
+        volume that was closed. Elsewhere the disk may have more than the page cache."""
+        pieces = _PiecesOfSlot(slot, self._medium, self._wake)
+        if self.read_only or slot.length < self._medium.piece:
+            self._medium.keep(slot.offset, slot.length)
+            return None, []
+        resting = []
+        for number in range(-(-extents // pieces.size)):
+            if self.record.clean and pieces.is_clear(number):
+                pieces.rest(number)
+                resting.append(number)
+            else:
+                self._medium.keep(*pieces.place(number))
+        return pieces, resting
+
+    def _wake(self, offset: int, length: int) -> None:
+        try:
+            self._medium.wake(offset, length)
+        except ClonefsError as error:
+            with self._committing:
+                raise self._break(error, "no map can change") from error
+
+    def flush_map(self, slot: MapSlot) -> None:
+        """What a live map has is on stable storage. Blocks. Raises ClonefsError (EIO)."""
+        try:
+            self._medium.flush_part(slot.offset, slot.length)
+        except ClonefsError as error:
+            with self._committing:
+                raise self._break(error, "no state can change") from error
 
     def new_map_slot(self, extents: int, *, beside: tuple[MapSlot, ...] = ()) -> MapSlot:
         """A free slot for a live map, its pages cleared. It is free until a record names it.
 
         `beside`: slots that are also to be left alone. Raises ClonefsError (ENOSPC).
         """
-        return self._new_slot(layout.live_map_length(extents), beside)
+        slot = self._new_slot(layout.live_map_length(extents), beside)
+        self._medium.keep(slot.offset, slot.length)
+        for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
+            end = min(at + (1 << 20), slot.offset + slot.length)
+            self._medium.view[at:end] = bytes(end - at)
+        return slot
 
     def new_durable_slot(self, extents: int, *, beside: tuple[MapSlot, ...] = ()) -> MapSlot:
-        """A free slot for a group's durable maps, its pages cleared; else like `new_map_slot`."""
+        """A free slot for a group's durable maps, to be cleared with `clear_durably`; else like
+        `new_map_slot`."""
         return self._new_slot(layout.durable_maps_length(extents), beside)
 
     def _new_slot(self, length: int, beside: tuple[MapSlot, ...]) -> MapSlot:
         slot = layout.free_slot(self.superblock, [*self.record.slots(), *beside], length)
         self._forget_maps_in(slot)
-        self._medium.keep(slot.offset, slot.length)
-        for at in range(slot.offset, slot.offset + slot.length, 1 << 20):
-            end = min(at + (1 << 20), slot.offset + slot.length)
-            self._medium.view[at:end] = bytes(end - at)
         return slot
 
     def _forget_maps_in(self, slot: MapSlot) -> None:
@@ -208,6 +246,7 @@ class MetadataVolume:
             old for old in self._maps if old.offset < end and slot.offset < old.offset + old.length
         ]:
             self._maps.pop(old).release()
+            self._medium.forget(old.offset, old.length)
 
     def _flush_maps(self) -> None:
         try:
@@ -248,6 +287,37 @@ class MetadataVolume:
                 extents.release()
             self._maps.clear()
             self._medium.close()
+
+
+class _PiecesOfSlot:
+    """The pieces of the live map in `slot`; `wake` gets the bytes of one that has to be kept again."""
+
+    def __init__(self, slot: MapSlot, medium: Medium, wake: Callable[[int, int], None]) -> None:
+        self.size = medium.piece * 8
+        self._slot = slot
+        self._medium = medium
+        self._wake = wake
+
+    def place(self, piece: int) -> tuple[int, int]:
+        """Its offset in the volume and its length, in bytes."""
+        start = piece * self._medium.piece
+        return self._slot.offset + start, min(self._medium.piece, self._slot.length - start)
+
+    def is_clear(self, piece: int) -> bool:
+        """Whether it is all zeros. Raises ClonefsError (EIO)."""
+        offset, length = self.place(piece)
+        return self._medium.read(offset, length) == bytes(length)
+
+    def rest(self, piece: int) -> None:
+        self._medium.rest(*self.place(piece))
+
+    def wake(self, piece: int) -> None:
+        self._wake(*self.place(piece))
+
+
+def _fresh(error: ClonefsError) -> ClonefsError:
+    """One to raise. What has been raised knows its callers, who may have a part of the view."""
+    return ClonefsError(error.errno, error.reason)
 
 
 def _is_read_only(name: str) -> ClonefsError:

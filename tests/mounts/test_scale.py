@@ -217,3 +217,48 @@ def test_a_sparse_terabyte_costs_what_is_in_it(tmp_path: Path) -> None:
             for at in (*pieces, *ruin):
                 one, other = (os.pread(file.fileno(), MiB, at) for file in files)
                 assert_same(one, other, f"at {at}")
+
+
+def _memory(mount: Mount, what: str) -> int:
+    """Bytes of the daemon's memory, by its name in /proc/PID/status."""
+    assert mount.process is not None
+    for line in Path(f"/proc/{mount.process.pid}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(what)
+
+
+def test_memory_is_what_differs(tmp_path: Path) -> None:
+    """A terabyte in extents of 4 KiB has 32 MiB in each map. What of them is clear takes no memory, once
+    a copy is over, and after a mount; and every bit is there, also after a kill."""
+    with mounted(tmp_path / "work", volume_size=256 * MiB) as mount:
+        group = mount.add_group(TiB - 4096, extent=4096)
+        clone = group.add_clone("nightly")
+        wait_for(lambda: _memory(mount, "VmLck") == 0, "for what was locked to be given up")
+        clone.fracture()
+        places = [0, 55 * (TiB >> 8), TiB // 2, TiB - 8192]
+        for number, at in enumerate(places):
+            write(group.source, at, noise(number, 4096))
+        delta = {at // 4096 for at in places}
+        assert clone.delta() == delta
+        assert 0 < _memory(mount, "VmLck") <= MiB
+        mount.kill()
+        mount.start()
+        assert clone.delta() == delta
+        wait_for(lambda: 0 < _memory(mount, "VmLck") <= MiB, "for what is clear to be given up")
+        assert clone.delta() == delta
+        mount.remount()
+        assert 0 < _memory(mount, "VmLck") <= MiB
+        assert _memory(mount, "VmRSS") < 64 * MiB
+        assert clone.delta() == delta
+        write(group.source, places[1] - 4096, noise("later", 8192))
+        clone.restore()
+        for at in places:
+            assert not any(read(group.source, at, 4096))
+        clone.wait("fractured")
+        assert clone.delta() == set()
+        mount.remount()
+        assert _memory(mount, "VmLck") == 0
+        assert clone.delta() == set()
+        write(group.source, places[3], b"x")
+        assert clone.delta() == {places[3] // 4096}
