@@ -13,14 +13,14 @@ import pytest
 import trio
 from bitarray import bitarray
 
-from clonefs.engines import AFTERWARDS, Recorder, StorageSystem
+from clonefs.engines import AFTERWARDS, GroupServer, Recorder, StorageSystem
 from clonefs.engines.recorder import Change
 from clonefs.errors import DeviceError
 from clonefs.extents import ExtentMap, extent_list
 from clonefs.group import CloneGroup
 from clonefs.testing.world import Disk, SimulatedMedium, SimulatedUnit, World
 from clonefs.units import LogicalUnit
-from clonefs.volume import CloneState, MetadataVolume, format_medium
+from clonefs.volume import CloneState, MetadataVolume, Record, format_medium
 
 EXTENT = 4096
 EXTENTS = 8
@@ -90,8 +90,11 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(*clones: str, after: World | None = None, run_ahead: int = 1) -> AsyncIterator[Rig]:
-    """A group with these clones, synchronized; or what recovery makes of `after` a power cut."""
+async def rig(
+    *clones: str, after: World | None = None, boot: str = "another boot", run_ahead: int = 1
+) -> AsyncIterator[Rig]:
+    """A group with these clones, synchronized; or what recovery makes of `after` a power cut, or in the
+    same `boot`."""
     world = after or World(
         random.Random(0), volume=bytearray(1 << 20), volume_on_disk=bytearray(1 << 20)
     )
@@ -115,7 +118,7 @@ async def rig(*clones: str, after: World | None = None, run_ahead: int = 1) -> A
 
     system = StorageSystem(
         Recorder(
-            MetadataVolume(SimulatedMedium(world), "boot" if after is None else "another boot"),
+            MetadataVolume(SimulatedMedium(world), "boot" if after is None else boot),
             at_once,
         ),
         open_unit,
@@ -300,7 +303,7 @@ async def test_a_checkpoint_that_fails_while_a_restore_ends(
     when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says, that all may differ, must not get lost in a map that is given another meaning."""
-    async with rig("clone") as r:
+    async with rig("clone") as r, trio.open_nursery() as nursery:
         server = r.system.servers["group"]
         recorder = r.system.recorder
         flush, blocking = server.source.flush, recorder._blocking
@@ -329,7 +332,8 @@ async def test_a_checkpoint_that_fails_while_a_restore_ends(
             await flush()
 
         async def commit_beside_a_checkpoint(work: Callable[[], None]) -> None:
-            await fail_a_checkpoint()
+            nursery.start_soon(fail_a_checkpoint)
+            await trio.testing.wait_all_tasks_blocked()
             work()
 
         with hold_the_sweep(r):
@@ -344,6 +348,130 @@ async def test_a_checkpoint_that_fails_while_a_restore_ends(
         expected = CloneState.FRACTURED if when == "the commit" else CloneState.RESTORING
         assert r.group.clones["clone"].state is expected
         assert (r.delta("clone"), r.protected) == ("0-7", "")
+
+
+async def test_a_flush_of_the_clone_that_fails_while_a_restore_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """L6: all of the clone may differ now, and the restore will copy all of it: the others have to
+    know, before the record says that it has begun."""
+    async with rig("clone", "other") as r, trio.open_nursery() as nursery:
+        server, recorder = r.system.servers["group"], r.system.recorder
+        blocking = recorder._blocking
+        await r.system.fracture([("group", "clone"), ("group", "other")])
+
+        async def fails() -> None:
+            raise DeviceError(errno.EIO, "flushing failed", "clone")
+
+        async def fail_a_flush() -> None:
+            with pytest.raises(DeviceError):
+                await server.flush_clone("clone")
+
+        async def commit_beside_a_flush(work: Callable[[], None]) -> None:
+            monkeypatch.setattr(recorder, "_blocking", blocking)
+            monkeypatch.setattr(server.units["clone"], "flush", fails)
+            assert (r.delta("clone"), r.delta("other")) == ("3", "3")
+            nursery.start_soon(fail_a_flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (r.delta("clone"), r.delta("other")) == ("0-7", "0-7")
+            work()
+
+        with hold_the_sweep(r):
+            await r.write(3, extent_of("x"))
+            monkeypatch.setattr(recorder, "_blocking", commit_beside_a_flush)
+            await r.system.protected_restore("group", "clone")
+            assert r.group.clones["clone"].state is CloneState.RESTORING
+            await trio.testing.wait_all_tasks_blocked()
+            assert (r.delta("clone"), r.delta("other")) == ("0-7", "0-7")
+            assert r.group.clones["clone"].record.unflushed
+
+
+@pytest.mark.parametrize("boot", ["boot", "another boot"])
+async def test_what_a_failed_write_has_left_in_the_page_cache_is_written_once_more(
+    boot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D10: there it looks as durable as everything else. After a reboot it is gone."""
+    async with rig("clone") as r:
+        volume, world = r.system.volume, r.world
+        record = volume.superblock.record_slot(volume.generation)
+        delta = volume.record.groups[0].durable.offset
+    cached = bytes(world.volume)
+    for at in (record, delta):
+        assert any(cached[at : at + 512])
+        world.volume_on_disk[at : at + 512] = bytes(512)
+    order: list[str] = []
+    settle, commit = MetadataVolume.settle, MetadataVolume.commit
+
+    def settles(self: MetadataVolume) -> None:
+        settle(self)
+        order.append("settled")
+        for at in (record, delta):
+            expected = cached[at : at + 512] if boot == "boot" else bytes(512)
+            assert world.volume_on_disk[at : at + 512] == expected
+
+    def commits(self: MetadataVolume, record: Record) -> None:
+        order.append("committed")
+        commit(self, record)
+
+    monkeypatch.setattr(MetadataVolume, "settle", settles)
+    monkeypatch.setattr(MetadataVolume, "commit", commits)
+    async with rig("clone", after=world, boot=boot):
+        assert order[0] == "settled"
+
+
+@pytest.mark.parametrize("when", ["before its turn", "at the end"])
+async def test_nothing_is_copied_from_a_source_whose_flush_has_failed(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D10, also where the engine has asked before, and waits for its turn or for the group."""
+    async with rig("clone") as r, trio.open_nursery() as nursery:
+        server = r.system.servers["group"]
+        await r.system.fracture([("group", "clone")])
+        await r.write(3, extent_of("x"))
+        turn, hot = r.system.transfers.turn, r.system._copy_hot_extents
+        waits, goes_on, recorded = trio.Event(), trio.Event(), trio.Event()
+
+        async def fails() -> None:
+            raise DeviceError(errno.EIO, "flushing failed", "source")
+
+        async def fail_a_flush() -> None:
+            with pytest.raises(DeviceError):
+                await server.flush_source()
+
+        async def record_late(work: Callable[[], None]) -> None:
+            await recorded.wait()
+            work()
+
+        @asynccontextmanager
+        async def late_turn(group: str, clone: str) -> AsyncIterator[None]:
+            async with turn(group, clone):
+                waits.set()
+                await goes_on.wait()
+                yield
+
+        async def late(server: GroupServer, name: str) -> None:
+            waits.set()
+            await goes_on.wait()
+            await hot(server, name)
+            server.wake()
+
+        if when == "at the end":
+            monkeypatch.setattr(r.system, "_copy_hot_extents", late)
+        else:
+            monkeypatch.setattr(r.system.transfers, "turn", late_turn)
+        await r.system.sync("group", "clone")
+        await waits.wait()
+        monkeypatch.setattr(server.source, "flush", fails)
+        monkeypatch.setattr(r.system.recorder, "_blocking", record_late)
+        nursery.start_soon(fail_a_flush)
+        await trio.testing.wait_all_tasks_blocked()
+        assert r.delta("clone") == "0-7"
+        goes_on.set()
+        await trio.testing.wait_all_tasks_blocked()
+        while "clone" not in server.faults and r.delta("clone") == "0-7":
+            await server.progress()  # it copies, which it should not
+        recorded.set()
+        assert r.delta("clone") == "0-7"
 
 
 async def test_a_write_of_whole_extents_needs_no_copy() -> None:

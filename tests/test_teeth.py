@@ -664,7 +664,42 @@ def rests_at_once(patch: Patch) -> None:
     patch.setattr(MetadataVolume, "_pieces", pieces)
 
 
+def forgets_that_a_flush_failed(patch: Patch) -> None:
+    """D10: the record does not say that a flush has failed."""
+
+    async def remember(self: GroupServer, name: str | None) -> None:
+        pass
+
+    patch.setattr(GroupServer, "_remember_failure", remember)
+
+
+def believes_the_page_cache(patch: Patch) -> None:
+    """D10: what a failed flush has lost is still there for the next daemon, which copies it."""
+
+    async def forget(self: SimulatedUnit) -> None:
+        pass
+
+    patch.setattr(SimulatedUnit, "forget_cached", forget)
+
+
+def copies_hot_extents_all_the_same(patch: Patch) -> None:
+    """D10: at the end of a sync the last extents are copied from a Source whose flush has failed."""
+    original = StorageSystem._copy_hot_extents
+
+    async def copy(self: StorageSystem, server: GroupServer, name: str) -> None:
+        saved, server.unflushed = server.unflushed, {}
+        try:
+            await original(self, server, name)
+        finally:
+            server.unflushed = {**saved, **server.unflushed}
+
+    patch.setattr(StorageSystem, "_copy_hot_extents", copy)
+
+
 MUTANTS: list[Mutant] = [
+    forgets_that_a_flush_failed,
+    believes_the_page_cache,
+    copies_hot_extents_all_the_same,
     stores_to_what_rests,
     rests_though_marked,
     rests_without_a_flush,
@@ -737,7 +772,13 @@ SMALL_AND_KILLED = Plan(
 FAILING_VOLUME = replace_plan(
     MANY_EXTENTS, clones=1, extents=6, power_cuts=1.0, volume_fault_rate=0.01, lasting_rate=1.0
 )
+FAILING_FLUSHES = replace_plan(
+    MANY_EXTENTS, extents=6, points_a_life=500, commands=10, flush_fault_rate=0.05, power_cuts=0.5
+)
 FOCUS: dict[Mutant, Focus] = {
+    forgets_that_a_flush_failed: FAILING_FLUSHES,
+    believes_the_page_cache: FAILING_FLUSHES,
+    copies_hot_extents_all_the_same: FAILING_FLUSHES,
     protected_before_written: SMALL_AND_KILLED,
     trimmed_though_protected: MANY_EXTENTS,
     forgets_what_was_touched: ("checkpoints", Blow.POWER_CUT),

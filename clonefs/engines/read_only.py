@@ -30,7 +30,7 @@ class ReadOnlySystem(StorageSystem):
         opened = {group.name: await self._open_units(group) for group in self.volume.record.groups}
         doubt = look(self.volume, opened)
         loaded = [self._load(group, doubt) for group in self.volume.record.groups]
-        self._tell(self._recovery(doubt, loaded), was_clean=self.volume.closed_cleanly)
+        self._tell(self._recovery(doubt, loaded, []), was_clean=self.volume.closed_cleanly)
         for each in loaded:
             self._show(each, opened[each.group.record.name])
 

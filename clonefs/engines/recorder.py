@@ -159,6 +159,11 @@ class Recorder:
         async with self._lock:
             await self._blocking(lambda: self._stamp(backings, durable=durable))
 
+    async def settle(self) -> None:
+        """What was found on the volume is on stable storage; see MetadataVolume.settle."""
+        async with self._lock:
+            await self._write(self.volume.settle)
+
     async def overtake(self, generation: int, record: Record) -> None:
         """Commit `record` as newer than `generation`; see MetadataVolume.overtake."""
         async with self._lock:

@@ -140,9 +140,19 @@ def foretell(volume: MetadataVolume, doubts: Mapping[str, str]) -> list[str]:
             continue
         if record.name in volume.overwritten:
             told.append(f"{record.name}: {OVERWRITTEN}")
+        if volume.record.boot_id == volume.boot_id:
+            told += [lost_is_forgotten(record.name, name) for name in transitions.unflushed(record)]
         loaded = load(volume, record)
         told += [*loaded.damage, *loaded.told]
     return told
+
+
+def lost_is_forgotten(group: str, name: str | None) -> str:
+    """That a flush of an LU had failed, and what is done about it, as a sentence."""
+    return (
+        f"{group}/{name or 'source'}: a flush of it had failed: what the kernel has cached of it is "
+        f"forgotten, and what its device has counts"
+    )
 
 
 def in_doubt(group: str, reason: str) -> str:

@@ -193,9 +193,18 @@ class GroupServer:
         except ClonefsError as error:
             self._flush_failed(self.source, error)
             self.group.distrust(None)
+            await self._remember_failure(None)
             await self._distrust_durably()
             await self.no_longer_equal()
             raise
+
+    async def _remember_failure(self, name: str | None) -> None:
+        """The next daemon has to know that a flush has failed: nobody tells it."""
+        unit = self.source if name is None else self.units[name]
+        if isinstance(unit, MissingUnit) or name in transitions.unflushed(self.group.record):
+            return
+        with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
+            await self.change(lambda record: transitions.flush_failed(record, name))
 
     async def _distrust_durably(self) -> None:
         with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
@@ -236,8 +245,10 @@ class GroupServer:
             self._flush_failed(self.units[name], error)
             if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
                 await self._fail_reverse_sync(name, error)
+                await self._remember_failure(name)
                 raise
             self.group.distrust(name)
+            await self._remember_failure(name)
             await self._distrust_durably()
             await self.split_off(name, error)
             raise

@@ -124,6 +124,8 @@ class SyncEngine:
             clone_now = self._group.clones.get(self._name)
             if clone_now is not clone or self._server.gate.held:
                 return
+            if self._why_not(origin, self._target(clone)) is not None:
+                return  # a flush has failed while others had their turn
             claims = [] if self._failed >= ENOUGH_FAILURES else self._claims(clone)
             if claims:
                 await self._copy(claims, clone)

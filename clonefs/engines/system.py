@@ -24,7 +24,14 @@ from clonefs.engines.cod import CodEngine
 from clonefs.engines.durability import CHECKPOINT, RUN_AHEAD, Durability
 from clonefs.engines.host import CloneLu, SourceLu
 from clonefs.engines.recorder import Recorder
-from clonefs.engines.recovery import OVERWRITTEN, Loaded, Recovery, found, load
+from clonefs.engines.recovery import (
+    OVERWRITTEN,
+    Loaded,
+    Recovery,
+    found,
+    load,
+    lost_is_forgotten,
+)
 from clonefs.engines.server import GroupServer
 from clonefs.engines.stamps import (
     SOURCE,
@@ -119,13 +126,19 @@ class StorageSystem:
         """
         self._nursery = nursery
         self.recorder.on_broken = self._volume_broken
+        await self.recorder.settle()
         opened = {group.name: await self._open_units(group) for group in self.volume.record.groups}
         doubt = look(self.volume, opened)
-        loaded = [self._load(group, doubt) for group in self.volume.record.groups]
+        forgotten: list[str] = []
+        loaded = [
+            self._load(await self._forget_lost(group, opened[group.name], forgotten), doubt)
+            for group in self.volume.record.groups
+        ]
         for each in loaded:
             if self._doubted(each, doubt):
                 await distrust_durably(self.recorder, each)
-        recovery, was_clean = self._recovery(doubt, loaded), self.volume.closed_cleanly
+        recovery = self._recovery(doubt, loaded, forgotten)
+        was_clean = self.volume.closed_cleanly and not forgotten
         recovered = tuple(each.group.record for each in loaded)
         record = replace(self.volume.opened(), groups=recovered)
         if doubt.newest:
@@ -147,13 +160,31 @@ class StorageSystem:
         backings = [record.backing, *(clone.backing for clone in record.clones)]
         return [await self._open_or_missing(backing, record.size) for backing in backings]
 
+    async def _forget_lost(
+        self, record: GroupRecord, units: list[LogicalUnit], told: list[str]
+    ) -> GroupRecord:
+        """What a failed flush has lost the page cache may still show, and the kernel tells nobody any
+        more. It is made to forget it before anything is copied, for a power cut would leave the copy and
+        not what it is a copy of (D10)."""
+        by_name = dict(zip((None, *(clone.name for clone in record.clones)), units, strict=True))
+        for name in transitions.unflushed(record):
+            if self.volume.record.boot_id == self.volume.boot_id:
+                try:
+                    await by_name[name].forget_cached()
+                except ClonefsError as error:
+                    told.append(f"{record.name}/{name or SOURCE}: {error.reason}")
+                    continue
+                told.append(lost_is_forgotten(record.name, name))
+            record = transitions.flush_failed(record, name, failed=False)
+        return record
+
     def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
         reason = doubt.reasons.get(record.name)
         if reason is None:
             return load(self.volume, record)
         return disbelieve(self.volume, record, reason, doubt.states, self._wall_clock())
 
-    def _recovery(self, doubt: Doubt, loaded: list[Loaded]) -> Recovery:
+    def _recovery(self, doubt: Doubt, loaded: list[Loaded], forgotten: list[str]) -> Recovery:
         """What was found, and what was done about it."""
         damage = [f"{damage}; the other record is used" for damage in self.volume.damage]
         damage += [
@@ -164,6 +195,7 @@ class StorageSystem:
         damage += [line for each in loaded for line in each.damage]
         damage += [line for each in loaded if self._doubted(each, doubt) for line in each.told]
         done = [line for each in loaded if not self._doubted(each, doubt) for line in each.told]
+        done = forgotten + done
         return Recovery(self._wall_clock(), found(self.volume), tuple(damage), tuple(done))
 
     @staticmethod
@@ -680,7 +712,7 @@ class StorageSystem:
         """Break a restore off: the Source stays part old, part clone. Else like `fracture`."""
         server = self.server(group)
         async with server.commands:
-            state = server.group.clones[name].state
+            state = transitions.clone_named(server.group.record, name).state
             if self._check(server, Command.FORCE_FRACTURE, name) is state:
                 return
             if state not in RESTORES:
@@ -785,18 +817,22 @@ class StorageSystem:
         to_copy = group.clones[name].delta.count
         now = self._wall_clock()
         void = protected == group.record.protected and group.protected.count > 0
-        await server.change(
-            lambda record: transitions.begin_restore(
-                record,
-                name,
-                command=command,
-                to_copy=to_copy,
-                equal=equal,
-                protected=protected,
-                now=now,
-                void=void,
+        group.beginning = name
+        try:
+            await server.change(
+                lambda record: transitions.begin_restore(
+                    record,
+                    name,
+                    command=command,
+                    to_copy=to_copy,
+                    equal=equal,
+                    protected=protected,
+                    now=now,
+                    void=void,
+                )
             )
-        )
+        finally:
+            group.beginning = None
         await self._empty_void(server)
         server.counts.sync = server.counts.cod = 0
         with contextlib.suppress(
@@ -896,6 +932,7 @@ class StorageSystem:
             clone not in group.mirrored  # it may have failed while the group was drained
             or group.restoring not in (None, clone)
             or clone.delta.count > HOT_EXTENTS
+            or server.source.name in server.unflushed  # D10; that has filled the map
         ):
             return
         origin, target = server.source, server.unit(clone)

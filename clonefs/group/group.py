@@ -99,6 +99,7 @@ class CloneGroup:
         self.newly_protected: dict[tuple[int, int], None] = {}  # an ordered set
         self.touched: list[tuple[int, int]] | None = None
         self._not_believed: set[Claim] = set()  # copies under way when a flush failed
+        self.beginning: str | None = None  # the clone whose restore a record is about to begin
         self.adopt(record)
 
     def adopt(self, record: GroupRecord) -> None:
@@ -480,7 +481,11 @@ class CloneGroup:
         """
         if name is not None and self.restoring is self.clones.get(name):
             return
-        for clone in self.clones.values():
+        if name == self.beginning:
+            name = (
+                None  # L6: its Delta Map has been spread already, and the record is being written
+            )
+        for clone in sorted(self.clones.values(), key=lambda clone: clone.name == self.beginning):
             if name is None or clone.name == name:
                 clone.delta.mark_all()
                 self.writes.keep_all(clone.name)

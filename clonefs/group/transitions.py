@@ -250,6 +250,21 @@ def written(group: GroupRecord, name: str) -> GroupRecord:
     return group.with_clone(replace(clone_named(group, name), written=True))
 
 
+def unflushed(group: GroupRecord) -> list[str | None]:
+    """The LUs of which a flush has failed: clones, or the Source (None)."""
+    clones = [clone.name for clone in group.clones if clone.unflushed]
+    return [None, *clones] if group.unflushed else [*clones]
+
+
+def flush_failed(group: GroupRecord, name: str | None, *, failed: bool = True) -> GroupRecord:
+    """A flush of the clone `name`, or of the Source (None), has failed (D10); or, if not `failed`, the
+    page cache shows no more of it than what is on its disk."""
+    if name is None:
+        return replace(group, unflushed=failed)
+    clone = next((clone for clone in group.clones if clone.name == name), None)
+    return group if clone is None else group.with_clone(replace(clone, unflushed=failed))
+
+
 def recovered(group: GroupRecord, delta_counts: dict[str, int]) -> GroupRecord:
     """The group after a death of the daemon (D9): a mirrored clone whose Delta Map is not empty is
     synchronizing, whatever it was."""

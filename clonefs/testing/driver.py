@@ -15,7 +15,7 @@ from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR
 from clonefs.group import Clone
 from clonefs.testing.ledger import SOURCE, Begun, Clock, Ledger, disk_name
-from clonefs.testing.oracle import Register, stamp, stamps
+from clonefs.testing.oracle import Register, Violation, stamp, stamps
 from clonefs.testing.world import Disk, World
 from clonefs.volume import CloneState
 
@@ -174,11 +174,17 @@ class Driver:
         register, lu = found
         self.counts.flushes += 1
         start = self._clock.tick()
+        disk = self.world.disks[disk_name(group, name)].disk
+        lost = disk.lost - disk.unknown
         try:
             await lu.flush()
         except ClonefsError:
             return
         if self.alive:
+            if lost & disk.lost:
+                raise Violation(
+                    f"a flush of {name} of {group} has been believed after one that failed"
+                )
             register.flushed(start)
 
     # People
@@ -250,6 +256,9 @@ class Driver:
         done = await self.command(
             group, give=lambda: self.system.remove_clone(group, name, in_use=lambda: False)
         )
+        if done:  # nobody knows any more what a flush of it has lost
+            disk = self.world.disks[disk_name(group, name)].disk
+            disk.unknown |= disk.lost
         self.observe()
         return done
 

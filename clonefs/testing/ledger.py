@@ -153,13 +153,19 @@ class Ledger:
         now = self.clock.tick()
         contents = {name: disks[disk_name(self.group, name)].content for name in group.clones}
         contents[SOURCE] = disks[disk_name(self.group, SOURCE)].content
-        # A later daemon flushes in vain what an earlier one was told to be lost, and cannot know it.
-        reverted = disks[disk_name(self.group, SOURCE)].reverted
+        # An earlier daemon was told that it was lost, and died before the record said so: a later one
+        # flushes in vain, and cannot know it.
+        reverted = {name: disks[disk_name(self.group, name)].reverted for name in contents}
+        for name, starts in reverted.items() if cut else ():
+            for start in sorted(starts):
+                self.lost(name, start, bytes(contents[name][start : start + SECTOR]))
         for extent in range(group.geometry.extents):
             self._look_at(extent, group, contents, when, now, cut=cut)
-            start, length = group.geometry.bytes_of(extent, extent + 1)
-            if reverted.isdisjoint(range(start, start + length)):
-                self._look_at_maps(extent, group, contents, when)
+            self._look_at_maps(extent, group, contents, reverted, when)
+        for start in sorted(reverted[SOURCE]) if cut else ():
+            for name in group.clones:  # it may be split off with what it has
+                value = stamps(contents[name][start : start + SECTOR])[0]
+                self.source.dropped(start // SECTOR, value, self.clock.tick())
         for name, clone in group.clones.items():
             if clone.state is S.SYNCHRONIZED and clone.delta.count:
                 raise Violation(f"{when}: {name} of {self.group} is synchronized, and differs")
@@ -186,13 +192,23 @@ class Ledger:
         _check(self.source, offset // SECTOR, values, now, what, cut=cut)
 
     def _look_at_maps(
-        self, extent: int, group: CloneGroup, contents: dict[str, bytearray], when: str
+        self,
+        extent: int,
+        group: CloneGroup,
+        contents: dict[str, bytearray],
+        reverted: dict[str, set[int]],
+        when: str,
     ) -> None:
         offset, length = group.geometry.bytes_of(extent, extent + 1)
         part = slice(offset, offset + length)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
-            if not marked and contents[name][part] != contents[SOURCE][part]:
+            unknown = reverted[name] | reverted[SOURCE]
+            if (
+                not marked
+                and contents[name][part] != contents[SOURCE][part]
+                and unknown.isdisjoint(range(offset, offset + length))
+            ):
                 raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
 
 

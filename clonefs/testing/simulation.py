@@ -26,6 +26,7 @@ from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
 from clonefs.extents import SECTOR, ExtentMap, Pieces
 from clonefs.group import CloneGroup
+from clonefs.group.transitions import unflushed
 from clonefs.testing.driver import EXTENT, PER_EXTENT, Counts, Driver
 from clonefs.testing.ledger import SOURCE, Clock, Ledger, disk_name
 from clonefs.testing.oracle import Register, Violation, stamp, stamps
@@ -281,11 +282,25 @@ class Simulation:
         self.disks, self.volume, self.volume_on_disk = left.disks, left.volume, left.volume_on_disk
         for ledger in self.ledgers.values():
             ledger.under_way_is_over()
+        self._note_what_is_unknown(world)
         self._rot(world)
         when = "after a power cut" if world.power_cut else "after a death" if died else "unmounted"
         self._look(when, cut=world.power_cut)
         for ledger in self.ledgers.values():
             ledger.commanding = 0
+
+    def _note_what_is_unknown(self, world: World) -> None:
+        """A daemon may die between a flush that fails and the record that says so, or be unable to
+        record it. Raises Violation if it had no excuse."""
+        volume = MetadataVolume(SimulatedMedium(self._to_look_at()), f"boot {self.boot}")
+        for group in volume.record.groups:
+            known = unflushed(group)
+            for name in (None, *(clone.name for clone in group.clones)):
+                disk = self.disks[disk_name(group.name, name or SOURCE)]
+                if name not in known and disk.lost - disk.unknown:
+                    if not (world.frozen_at_point or world.volume_failed):
+                        raise Violation(f"a flush of {name} has failed, and no record says so")
+                    disk.unknown |= disk.lost
 
     def _rot(self, world: World) -> None:
         """The disk under the volume damages a sector of a durable map: one of the PDM, or one copy

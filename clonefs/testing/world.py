@@ -42,13 +42,15 @@ class WriteUnderWay:
 @dataclass(slots=True)
 class Disk:
     """The sectors of a disk. `unflushed`: what each sector (its first byte) has been since it was
-    flushed, oldest first. `lost`: sectors that a failed flush has dropped, and the page cache not."""
+    flushed, oldest first. `lost`: sectors that a failed flush has dropped, and the page cache not;
+    `unknown`: those of them that the next daemon has not been told of."""
 
     content: bytearray
     on_disk: bytearray
     unflushed: dict[int, list[bytes]] = field(default_factory=dict)
     lost: set[int] = field(default_factory=set)
-    reverted: set[int] = field(default_factory=set)  # what was lost when the power went
+    unknown: set[int] = field(default_factory=set)
+    reverted: set[int] = field(default_factory=set)  # what was unknown when the power went
     # The stamp on stable storage, and those since, oldest first.
     stamps: list[str | None] = field(default_factory=lambda: [None])
 
@@ -62,13 +64,14 @@ class Disk:
         self.content[start : start + SECTOR] = sector
         self.unflushed.setdefault(start, []).append(sector)
         self.lost.discard(start)
+        self.unknown.discard(start)
         self.reverted.discard(start)
 
     def copy(self) -> "Disk":
         """The same, to be changed by somebody else."""
         unflushed = {start: list(versions) for start, versions in self.unflushed.items()}
         content, on_disk = bytearray(self.content), bytearray(self.on_disk)
-        sets = set(self.lost), set(self.reverted)
+        sets = set(self.lost), set(self.unknown), set(self.reverted)
         return Disk(content, on_disk, unflushed, *sets, list(self.stamps))
 
     def cut(self, rng: random.Random) -> None:
@@ -79,8 +82,9 @@ class Disk:
             )
         self.content[:] = self.on_disk
         self.unflushed.clear()
-        self.reverted |= self.lost
+        self.reverted |= self.unknown
         self.lost.clear()
+        self.unknown.clear()
         self.stamps = [rng.choice(self.stamps)]
 
 
@@ -125,6 +129,7 @@ class World:
     disks: dict[str, "SimulatedUnit"] = field(default_factory=dict)
     frozen: Frozen | None = None
     frozen_at_point: bool = False
+    volume_failed: bool = False
     scope: trio.CancelScope | None = None
     failing: set[tuple[str, str]] = field(default_factory=set)  # (verb, disk): for ever
 
@@ -313,6 +318,15 @@ class SimulatedUnit:
             if self.world.frozen is None:
                 self.world.on_loss(self.name, start, bytes(disk.on_disk[start : start + SECTOR]))
 
+    async def forget_cached(self) -> None:
+        await self.flush()
+        for start in self.disk.lost:
+            part = slice(start, start + SECTOR)
+            self.content[part] = self.disk.on_disk[part]
+        self.disk.lost.clear()
+        self.disk.unknown.clear()
+        self.world.point()
+
     async def data_from(self, offset: int) -> int:
         await self.world.delay()
         return next((at for at in range(offset, self.size) if self.content[at]), self.size)
@@ -393,6 +407,7 @@ class SimulatedMedium:
                 world.volume_on_disk[offset + start : offset + stop] = data[start:stop]
             world.point()
         if fails:
+            world.volume_failed = True
             raise failed("writing to the volume failed: a simulated error")
 
     def flush_part(self, offset: int, length: int) -> None:

@@ -245,6 +245,17 @@ class BackingUnit:
             except OSError as error:
                 raise self._flush_failure.remember(str(error.strerror)) from error
 
+    async def forget_cached(self) -> None:
+        await trio.to_thread.run_sync(self._forget_cached, limiter=self._threads)
+
+    def _forget_cached(self) -> None:
+        # Pages that could not be written count as clean, and clean ones can be dropped.
+        self._flush()
+        try:
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise self._error("read", 0, self.size, error) from error
+
     async def data_from(self, offset: int) -> int:
         return await trio.to_thread.run_sync(self._seek_data, offset, limiter=self._threads)
 

@@ -40,6 +40,9 @@ class MissingUnit:
     async def flush(self) -> None:
         self._fail()
 
+    async def forget_cached(self) -> None:
+        self._fail()
+
     async def data_from(self, offset: int) -> int:
         self._fail()
 

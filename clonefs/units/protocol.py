@@ -50,6 +50,10 @@ class LogicalUnit(Protocol):
         could not write, and a success would be a lie.
         """
 
+    async def forget_cached(self) -> None:
+        """What is read from now on is what the device has, and not what somebody has written whose flush
+        failed. Flushes first; raises like that."""
+
     async def data_from(self, offset: int) -> int:
         """The first byte at or after `offset` that may differ from zero, or `size`.
 

@@ -39,7 +39,8 @@ class MapSlot(msgspec.Struct, frozen=True):
 class CloneRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A clone. Times are seconds since the epoch; `rate` is bytes a second, None for no limit.
 
-    `stamped`: its backing has had a stamp on stable storage (clonefs/engines/stamps.py).
+    `stamped`: its backing has had a stamp on stable storage (clonefs/engines/stamps.py). `unflushed`: a
+    flush of it has failed, so that the page cache may show what is not on its disk.
     `copy_total` is how many extents the running copy, or the last one, had to copy when it began.
     """
 
@@ -55,6 +56,7 @@ class CloneRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rate: int | None = None
     copy_total: int = 0
     stamped: bool = False
+    unflushed: bool = False
 
 
 class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,9 +65,9 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `durable` are the pages that belong to the group's durable maps (data-format.md). `epoch` is the
     number of the last restore: sectors of the PPRM with another number count as empty. `void`: a
     restore has begun again, and what the live map in `protected` says is of the time before.
-    `live_checksum` is that of the live maps when the volume was closed cleanly, else None. `stamped`:
-    the Source's backing has had a stamp on stable storage. `full_copies`: a copy has blocks of its own,
-    also where the file system could let both files share them.
+    `live_checksum` is that of the live maps when the volume was closed cleanly, else None. `stamped`
+    and `unflushed` are of the Source's backing what they are of a clone's. `full_copies`: a copy has
+    blocks of its own, also where the file system could let both files share them.
     """
 
     name: str
@@ -79,6 +81,7 @@ class GroupRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     void: bool = False
     live_checksum: int | None = None
     stamped: bool = False
+    unflushed: bool = False
     full_copies: bool = False
 
     def clone(self, name: str) -> CloneRecord:

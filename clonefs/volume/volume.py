@@ -138,6 +138,22 @@ class MetadataVolume:
             return False
         return True
 
+    def settle(self) -> None:
+        """Let stable storage have what was found, if a daemon of this boot has not closed the volume: a
+        write that failed is in the page cache all the same, and looks durable (rule D10). Blocks. Raises
+        ClonefsError (EIO); then nothing else must be written, for the other record may be the only one
+        that is on disk."""
+        if self.record.clean or not self.trusted:
+            return
+        record = layout.pack_record(self.superblock, self.generation, encode_record(self.record))
+        self._medium.write_durably(self.superblock.record_slot(self.generation), record)
+        for group in self.record.groups:
+            end = group.durable.offset + group.durable.length
+            for at in range(group.durable.offset, end, 1 << 20):
+                held = self._medium.read(at, min(1 << 20, end - at))
+                if held != bytes(len(held)):
+                    self._medium.write_durably(at, held)
+
     def overtake(self, generation: int, record: Record) -> None:
         """Commit `record` as newer than `generation`, in both slots: what else they hold is older
         than it seems. Blocks. Raises ClonefsError."""

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,6 +28,7 @@ from tests.mounts.mount import (
     assert_same,
     attach,
     differing,
+    mount_disk,
     mounted,
     noise,
     opened,
@@ -375,6 +377,71 @@ def test_a_flush_of_the_source_that_failed_is_never_believed(
     split.restore()
     split.wait("fractured")
     assert_same(group.source.read_bytes(), GOOD, "restored")
+
+
+def _file_on(device: FaultyDevice, cleanup: contextlib.ExitStack, where: Path) -> tuple[Path, int]:
+    """A file on an ext4 on that device, with GOOD in it, and where on the device that lies, in one
+    piece."""
+    disk = device.behind / "disk"
+    disk.write_bytes(bytes(32 * MiB))
+    loop = attach(cleanup, device.path / "disk")
+    run("mkfs.ext4", "-q", "-b", "4096", loop.path)
+    mount_disk(cleanup, loop.path, where, "ext4")
+    file = where / "file.img"
+    file.write_bytes(GOOD)
+    sync(file)
+    extents = re.findall(
+        r"^ *0: +0\.\. *(\d+): +(\d+)\.\.", run("filefrag", "-e", file), re.MULTILINE
+    )
+    ((last, start),) = extents
+    assert (int(last) + 1) * 4096 == SIZE
+    return file, int(start) * 4096
+
+
+@pytest.mark.parametrize("failing", ["source", "nightly"])
+def test_what_a_failed_flush_has_lost_is_not_believed_by_the_next_daemon(
+    device: FaultyDevice, cleanup: contextlib.ExitStack, mount: Mount, tmp_path: Path, failing: str
+) -> None:
+    """The kernel still shows what it could not write, tells nobody any more, and would let it be copied;
+    a power cut would then leave the copy, and not what it is a copy of."""
+    mount.expect_in_log("flushing|no checkpoint|clonefs: ")
+    here, start = _file_on(device, cleanup, tmp_path / "fs")
+    there = tmp_path / "there.img"
+    there.write_bytes(GOOD)
+    source, backing = (here, there) if failing == "source" else (there, here)
+    group = Group(mount, mount.new_name(), source)
+    mount.control("add_group").write(f"{group.name} {source}")
+    group.control("add_clone").write(f"nightly {backing}")
+    clone = group.clone("nightly")
+    clone.wait("synchronized")
+    if failing == "nightly":
+        clone.fracture()
+    written = group.source if failing == "source" else clone.path
+    sync(written)
+    write(written, 2 * EXTENT, NEW[: 3 * EXTENT])
+    device.fail(device.path / "disk", "write", first=start, stop=start + SIZE)
+    fails(errno.EIO, lambda: sync(written))
+    assert read(written, 2 * EXTENT, EXTENT) == NEW[:EXTENT]
+    mount.kill()
+    device.mend()
+    assert here.read_bytes() != GOOD  # the kernel shows what is not on the disk
+    mount.start()
+    check_event(mount, f"{group.name}/{failing}: a flush of it had failed")
+    assert_same(written.read_bytes(), GOOD, "what is on the disk")
+    if failing == "source":
+        clone.wait("synchronized")
+    else:
+        clone.restore()
+        clone.wait("fractured")
+    sync(group.source)
+    assert_same((device.behind / "disk").read_bytes()[start : start + SIZE], GOOD, "the disk")
+    assert_same(there.read_bytes(), GOOD, "the other one")
+    mount.remount()
+    check_seen(group, "normal", "")
+    assert "had failed" not in mount.control("events").path.read_text()
+    write(written, 0, NEW[:EXTENT])
+    sync(written)
+    assert (device.behind / "disk").read_bytes()[start : start + EXTENT] == NEW[:EXTENT]
 
 
 def test_a_flush_of_the_source_that_fails_in_a_restore(mount: Mount, device: FaultyDevice) -> None:
