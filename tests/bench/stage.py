@@ -28,7 +28,7 @@ LARGEST = 16 * TiB - EXTENT
 TOP = Path(__file__).parents[2]
 DEADLINE = 120.0  # seconds
 LAST_LINES = 20  # of a log, when something has failed
-STUCK = "64K"  # a rate at which the Sync Engine copies one extent a second
+STUCK = "16K"  # a rate at which the Sync Engine copies one extent in four seconds
 
 
 @contextlib.contextmanager
