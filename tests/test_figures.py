@@ -516,6 +516,26 @@ async def test_a_read_has_its_answer_before_the_copy(monkeypatch: pytest.MonkeyP
             assert r.system.servers["group"].counts.cod == 1
 
 
+async def test_a_copy_for_a_read_is_not_made_without_its_intent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """D1. The Persistent Delta Map lacks what differs only for moments, while it is being written."""
+    async with rig("clone") as r:
+        due: list[Callable[[], None]] = []
+        AFTERWARDS.set(due.append)
+        source, delta = r.system.sources["group"], r.system.servers["group"].durability.delta
+        with hold_the_sweep(r):
+            await r.start_restore_with_delta("clone", 3, 4)
+            monkeypatch.setattr(r.world.random, "random", lambda: 1.0)  # nobody needs to wait
+            delta.bits[3] = 0
+            for extent, letter, there in ((4, "e", "e"), (3, "d", "x")):
+                assert source.read_now(extent * EXTENT, EXTENT) == extent_of(letter)
+                due.pop()()
+                assert r.delta("clone") == "3"
+                content = r.content("source")
+                assert content[extent * EXTENT : (extent + 1) * EXTENT] == extent_of(there)
+
+
 async def test_a_copy_that_is_due_after_the_restore_is_not_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -125,18 +125,6 @@ def failed_copy_counts(patch: Patch) -> None:
     patch.setattr(CloneGroup, "end_copy", end)
 
 
-def copied_at_once_without_intent(patch: Patch) -> None:
-    """D1: a copy for a read that is made in one step does not look at the Persistent Delta Map."""
-    original = CodEngine._copy_in_one_step
-
-    def copy(self: CodEngine, claim: Claim, offset: int, length: int) -> bool:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Durability, "covers", lambda *args: True)
-            return original(self, claim, offset, length)
-
-    patch.setattr(CodEngine, "_copy_in_one_step", copy)
-
-
 def copied_at_once_though_not_written(patch: Patch) -> None:
     """L5: a copy for a read counts as made although the Source could not take it in one step."""
 
@@ -712,7 +700,6 @@ MUTANTS: list[Mutant] = [
     claims_do_not_hold,
     failed_copy_counts,
     rest_of_a_batch_counts,
-    copied_at_once_without_intent,
     copied_at_once_though_not_written,
     cleared_before_the_copy,
     write_not_protected,
