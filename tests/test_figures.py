@@ -419,6 +419,29 @@ async def test_what_a_failed_write_has_left_in_the_page_cache_is_written_once_mo
         assert order[0] == "settled"
 
 
+async def test_what_is_forgotten_counts_as_different() -> None:
+    """D10: a daemon that could not make the kernel forget what a flush had lost has copied it, cleared
+    the bit, and died; now the Source is what is on its disk again."""
+    async with rig("clone") as r:
+        server, source = r.system.servers["group"], r.world.disks["source"]
+        await r.write(3, extent_of("x"))
+        r.world.failing.add(("flush", "source"))
+        while not source.disk.lost:  # what a flush loses is drawn
+            source._flush_failure._failure = None
+            await r.write(3, extent_of("x"))
+            with pytest.raises(DeviceError):
+                await server.flush_source()
+        server.group.clones["clone"].delta.clear_all()
+    r.world.failing.clear()
+    for unit in list(r.world.disks.values()):
+        SimulatedUnit(r.world, unit.name, unit.disk)
+    async with rig("clone", after=r.world, boot="boot") as again:
+        assert again.group.clones["clone"].record.copy_total == EXTENTS
+        await again.until("clone", CloneState.SYNCHRONIZED)
+        assert again.content("clone") == again.content("source")
+        assert again.content("source")[3 * EXTENT : 4 * EXTENT] != extent_of("x")
+
+
 @pytest.mark.parametrize("when", ["before its turn", "at the end"])
 async def test_nothing_is_copied_from_a_source_whose_flush_has_failed(
     when: str, monkeypatch: pytest.MonkeyPatch

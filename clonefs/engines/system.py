@@ -175,8 +175,17 @@ class StorageSystem:
                     told.append(f"{record.name}/{name or SOURCE}: {error.reason}")
                     continue
                 told.append(lost_is_forgotten(record.name, name))
+                self._mark_what_reverts(record, name)
             record = transitions.flush_failed(record, name, failed=False)
         return record
+
+    def _mark_what_reverts(self, record: GroupRecord, name: str | None) -> None:
+        """What has been forgotten may differ from what an earlier daemon has copied of it: one that
+        could not make the kernel forget it, and was killed. As in CloneGroup.distrust."""
+        extents = Geometry(record.size, record.extent_size).extents
+        for clone in record.clones:
+            if name is None or (clone.name == name and clone.state not in RESTORES):
+                self.volume.map(clone.delta, extents).mark_all()
 
     def _load(self, record: GroupRecord, doubt: Doubt) -> Loaded:
         reason = doubt.reasons.get(record.name)

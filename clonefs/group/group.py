@@ -481,10 +481,8 @@ class CloneGroup:
         """
         if name is not None and self.restoring is self.clones.get(name):
             return
-        if name == self.beginning:
-            name = (
-                None  # L6: its Delta Map has been spread already, and the record is being written
-            )
+        if name == self.beginning:  # L6: its Delta Map is spread, and the record is being written
+            name = None
         for clone in sorted(self.clones.values(), key=lambda clone: clone.name == self.beginning):
             if name is None or clone.name == name:
                 clone.delta.mark_all()
