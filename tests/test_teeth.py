@@ -783,7 +783,7 @@ FOCUS: dict[Mutant, Focus] = {
     one_record_for_each_group: ("two_groups_at_one_instant", Blow.KILL),
     one_group_held_after_the_other: ("two_groups_at_one_instant", Blow.KILL),
     flushed_again_and_believed: ("protected_restore", Blow.ERROR_ONCE),
-    failed_flush_leaves_the_maps: ("protected_restore", Blow.ERROR_ONCE),
+    failed_flush_leaves_the_maps: FAILING_FLUSHES,
     failed_volume_goes_on: FAILING_VOLUME,
     failed_record_stays: ("protected_restore", Blow.ERROR_FOR_EVER),
 }

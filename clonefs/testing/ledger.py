@@ -155,13 +155,15 @@ class Ledger:
         contents[SOURCE] = disks[disk_name(self.group, SOURCE)].content
         # An earlier daemon was told that it was lost, and died before the record said so: a later one
         # flushes in vain, and cannot know it.
-        reverted = {name: disks[disk_name(self.group, name)].reverted for name in contents}
+        its = {name: disks[disk_name(self.group, name)] for name in contents}
+        reverted = {name: disk.reverted for name, disk in its.items()}
+        unknown = {name: disk.reverted | disk.unknown for name, disk in its.items()}
         for name, starts in reverted.items() if cut else ():
             for start in sorted(starts):
                 self.lost(name, start, bytes(contents[name][start : start + SECTOR]))
         for extent in range(group.geometry.extents):
             self._look_at(extent, group, contents, when, now, cut=cut)
-            self._look_at_maps(extent, group, contents, reverted, when)
+            self._look_at_maps(extent, group, contents, unknown, when)
         for start in sorted(reverted[SOURCE]) if cut else ():
             for name in group.clones:  # it may be split off with what it has
                 value = stamps(contents[name][start : start + SECTOR])[0]
@@ -196,18 +198,18 @@ class Ledger:
         extent: int,
         group: CloneGroup,
         contents: dict[str, bytearray],
-        reverted: dict[str, set[int]],
+        unknown: dict[str, set[int]],
         when: str,
     ) -> None:
         offset, length = group.geometry.bytes_of(extent, extent + 1)
         part = slice(offset, offset + length)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
-            unknown = reverted[name] | reverted[SOURCE]
+            excused = unknown[name] | unknown[SOURCE]
             if (
                 not marked
                 and contents[name][part] != contents[SOURCE][part]
-                and unknown.isdisjoint(range(offset, offset + length))
+                and excused.isdisjoint(range(offset, offset + length))
             ):
                 raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
 

@@ -25,6 +25,7 @@ from clonefs.units import Buffer, FlushFailure, LogicalUnit
 
 PAGE = 4096
 VOLUME = "volume"
+EVICTS = 0.05  # how likely, at each I/O
 
 # Told of a sector of a disk that a failed flush has lost: the disk, the byte, and what is there now
 # on stable storage.
@@ -42,8 +43,9 @@ class WriteUnderWay:
 @dataclass(slots=True)
 class Disk:
     """The sectors of a disk. `unflushed`: what each sector (its first byte) has been since it was
-    flushed, oldest first. `lost`: sectors that a failed flush has dropped, and the page cache not;
-    `unknown`: those of them that the next daemon has not been told of."""
+    flushed, oldest first. `lost`: sectors that a failed flush has dropped, and the page cache may
+    show until it is short of memory; `unknown`: those of them that the next daemon has not been told
+    of."""
 
     content: bytearray
     on_disk: bytearray
@@ -66,6 +68,15 @@ class Disk:
         self.lost.discard(start)
         self.unknown.discard(start)
         self.reverted.discard(start)
+
+    def evict(self, rng: random.Random) -> list[int]:
+        """The page cache lets go of some of what a failed flush has lost; it counts as clean. Returns
+        the sectors that now show what is on disk."""
+        evicted = [start for start in sorted(self.lost - self.unknown) if rng.random() < 0.5]
+        for start in evicted:
+            part = slice(start, start + SECTOR)
+            self.content[part] = self.on_disk[part]
+        return evicted
 
     def copy(self) -> "Disk":
         """The same, to be changed by somebody else."""
@@ -160,6 +171,7 @@ class World:
     def begins(self, verb: str, name: str) -> bool:
         """An I/O begins. Returns whether it will fail."""
         self.operations += 1
+        self._evict()
         self.point()
         if (verb, name) in self.failing:
             return True
@@ -174,6 +186,15 @@ class World:
         if lasts:
             self.failing.add((verb, name))
         return True
+
+    def _evict(self) -> None:
+        """Now and then the machine is short of memory. Nobody is told of what goes."""
+        if self.frozen is not None:
+            return
+        for name, unit in self.disks.items():
+            if unit.disk.lost and self.random.random() < EVICTS:
+                for start in unit.disk.evict(self.random):
+                    self.on_loss(name, start, bytes(unit.disk.on_disk[start : start + SECTOR]))
 
     def mend(self) -> None:
         """Nothing fails any more."""
