@@ -21,7 +21,10 @@ from tests.machine import PROGRAM, TOP, Machine
 from tests.mounts.mount import DEADLINE_S, MiB, noise, run, wait_for
 
 HELPERS = TOP / "mount-helpers"
-SCRIPTS = ("clonefs-loop", "demo", "install", "mount.clonefs", "setup", "umount.clonefs")
+SCRIPTS = (
+    *("clonefs-loop", "demo", "install", "mount.clonefs", "setup", "umount.clonefs"),
+    "work-directory",
+)
 
 
 @pytest.fixture
@@ -50,7 +53,74 @@ def mounted(machine: Machine) -> Machine:
 
 def test_every_script_is_clean() -> None:
     assert {path.name for path in HELPERS.iterdir() if path.is_file()} == set(SCRIPTS)
-    run("shellcheck", *(HELPERS / name for name in SCRIPTS))
+    run("shellcheck", "--external-sources", f"--source-path={TOP}", *(HELPERS / n for n in SCRIPTS))
+
+
+# The demo's work directory, and that of tests/run ------------------------------------------------
+
+_AT_WORK = """
+set -euo pipefail
+source "$1/work-directory"
+make_work_directory demo
+cd "$work"
+"""
+_PRODUCTION = """
+mkdir mnt disk
+clonefs format --size 4M meta > /dev/null
+clonefs mount -f meta mnt & daemon=$!
+until mountpoint -q mnt; do kill -0 $daemon; sleep 0.05; done
+echo "g $work/image size=16M" > mnt/control/add_group
+device=$(losetup --find --show mnt/g/source)
+mkfs.ext4 -q "$device"
+mount "$device" disk
+echo $daemon "$device" "$work"
+read -r _
+"""
+
+
+def test_what_a_killed_run_left_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+    at_work = ("bash", "-c", _AT_WORK + "echo; read -r _", "-", str(HELPERS))
+    killed = ("bash", "-c", _AT_WORK + _PRODUCTION, "-", str(HELPERS))
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path),
+        "PATH": f"{PROGRAM.parent}:/usr/sbin:/usr/bin:/bin",
+    }
+    started: list[subprocess.Popen[str]] = []
+
+    def start(command: tuple[str, ...]) -> tuple["subprocess.Popen[str]", str]:
+        process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        started.append(process)
+        assert process.stdout is not None
+        return process, process.stdout.readline()
+
+    try:
+        start(at_work)
+        (others,) = tmp_path.iterdir()
+        dying, line = start(killed)
+        daemon, device, work = line.split()
+        os.kill(int(daemon), signal.SIGKILL)
+        dying.kill()
+        dying.wait(DEADLINE_S)
+        assert work in Path("/proc/self/mounts").read_text()
+
+        _, line = start(at_work)
+        assert line == f"{work}: left by a run that was killed, and cleared away\n"
+        assert others.exists()
+        assert not Path(work).exists()
+        assert work not in Path("/proc/self/mounts").read_text()
+        wait_for(
+            lambda: device not in run("losetup", "--noheadings", "--output", "NAME").split(),
+            "no device",
+        )
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+        for left in tmp_path.iterdir():
+            run("bash", "-c", 'source "$1/work-directory"; take_down "$2"', "-", HELPERS, left)
 
 
 # mount(8) --------------------------------------------------------------------------------------
