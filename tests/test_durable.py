@@ -1,11 +1,15 @@
 """The durable maps: sectors, copies, damage."""
 
 import random
+from typing import Any
 
 import pytest
 from bitarray import bitarray
 
-from clonefs.volume import DurableMap
+from clonefs.engines.durability import CHUNK, Durability
+from clonefs.extents import ExtentMap
+from clonefs.group import CloneGroup
+from clonefs.volume import CloneRecord, CloneState, DurableMap, GroupRecord, MapSlot
 from clonefs.volume.durable import (
     PERSISTENT_DELTA_MAP,
     PERSISTENT_PROTECTED_RESTORE_MAP,
@@ -231,6 +235,62 @@ def test_against_a_model() -> None:
             disk.write_out(durable)
             assert disk.load().bits == model
     assert durable.bits == model
+
+
+def test_a_large_map_of_which_little_was_ever_written() -> None:
+    """What was never written is passed over in one step; what lies beyond the end of the volume is
+    damaged, and so is a sector whose only copy is bad."""
+    extents = 5000 * BITS + 7
+    written = [(0, 1), (2047 * BITS + 5, 2048 * BITS + 3), (4100 * BITS, 4101 * BITS)]
+    content = bytearray(5001 * DURABLE_SECTOR)
+    durable = DurableMap(PERSISTENT_DELTA_MAP, UUID, (0,), extents, 0)
+    for run in written:
+        durable.mark(*run)
+    for offset, data in durable.begin_write().writes:
+        content[offset : offset + len(data)] = data
+    durable.end_write(written=True)
+
+    def load(length: int) -> DurableMap:
+        loaded = DurableMap(PERSISTENT_DELTA_MAP, UUID, (0,), extents, 0)
+        loaded.load(lambda at, size: bytes(content[:length][at : at + size]), damaged_as=1)
+        return loaded
+
+    whole = load(len(content))
+    assert whole.bits[:extents] == durable.bits[:extents]
+    assert not whole.damaged
+    content[4100 * DURABLE_SECTOR + 100] ^= 1
+    short = load(4998 * DURABLE_SECTOR + 7)
+    assert short.damaged == [4100, 4998, 4999, 5000]
+    expected = durable.bits[:extents]
+    expected[4998 * BITS :] = 1
+    assert short.bits[:extents] == expected
+
+
+def test_what_any_live_map_has_is_marked() -> None:
+    """A part at a time; runs go across the parts, and maps that are clear are not looked at."""
+    extents = 3 * CHUNK + 11
+    maps: dict[MapSlot, ExtentMap] = {}
+
+    def map_of(slot: MapSlot, extents: int) -> ExtentMap:
+        return maps.setdefault(slot, ExtentMap.empty(extents))
+
+    slots = [MapSlot(4096 * number, 4096) for number in range(5)]
+    clones = tuple(
+        CloneRecord(name, f"/{name}", CloneState.FRACTURED, slot)
+        for name, slot in zip("abc", slots[2:], strict=True)
+    )
+    record = GroupRecord("g", "/s", extents * 4096, 4096, slots[0], slots[1], clones)
+    group = CloneGroup(record, map_of)
+    group.clones["a"].delta.mark(CHUNK - 3, CHUNK + 2)
+    group.clones["c"].delta.mark(CHUNK + 1, CHUNK + 4)
+    group.clones["c"].delta.mark(extents - 1, extents)
+    group.protected.mark(7, 8)
+    unused: Any = None
+    delta = DurableMap(PERSISTENT_DELTA_MAP, UUID, (0,), extents, 0)
+    Durability(group, unused, delta, unused).mark_live_maps()
+    assert [*delta.bits[:extents].search(1)] == [
+        *(7, *range(CHUNK - 3, CHUNK + 4), extents - 1),
+    ]
 
 
 def test_a_large_map_is_written_in_several_batches() -> None:

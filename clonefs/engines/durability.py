@@ -104,8 +104,12 @@ class Durability:
 
     def mark_live_maps(self) -> None:
         """Mark what the live maps have, in memory only."""
-        for first, stop in runs(self._group.live_union(0, self.delta.extents)):
-            self.delta.mark(first, stop)
+        maps = [each for each, _ in self._group.live_maps() if each.count]
+        for start in range(0, self.delta.extents, CHUNK):
+            stop = min(start + CHUNK, self.delta.extents)
+            if any(each.next_set(start, stop) >= 0 for each in maps):
+                for first, end in runs(self._group.live_union(start, stop)):
+                    self.delta.mark(start + first, start + end)
 
     async def settle(self, durable: DurableMap) -> None:
         """All that is marked in `durable` is on stable storage. Raises ClonefsError."""

@@ -35,6 +35,8 @@ _BITS = EXTENTS_PER_DURABLE_SECTOR
 _LARGE = 1 << 20  # extents
 SECTORS_AT_ONCE = 1024  # that are packed in one step: about ten milliseconds
 _NEVER_WRITTEN = bytes(DURABLE_SECTOR)
+_LOADED_AT_ONCE = 2048  # sectors: a mebibyte
+_ALL_NEVER_WRITTEN = bytes(_LOADED_AT_ONCE * DURABLE_SECTOR)
 _NO_BITS = bytes(DURABLE_SECTOR - _HEADER.size)
 
 assert _HEADER.size == 32
@@ -166,36 +168,35 @@ class DurableMap:
 
     def load(self, read: Read, *, damaged_as: int) -> None:
         """Fill the map from the medium; a sector of which no copy is sound gets `damaged_as`."""
-        length = self.sectors * DURABLE_SECTOR
-        copies = [memoryview(read(offset, length)) for offset in self._offsets]
-        for sector in range(self.sectors):
-            if not self._load_as_expected(sector, copies):
-                self._load_sector(sector, copies, damaged_as)
+        for first in range(0, self.sectors, _LOADED_AT_ONCE):
+            sectors = range(first, min(first + _LOADED_AT_ONCE, self.sectors))
+            at, length = first * DURABLE_SECTOR, len(sectors) * DURABLE_SECTOR
+            copies = [read(offset + at, length) for offset in self._offsets]
+            if all(copy == _ALL_NEVER_WRITTEN[:length] for copy in copies):
+                continue
+            for sector, at in zip(sectors, range(0, length, DURABLE_SECTOR), strict=True):
+                held = [copy[at : at + DURABLE_SECTOR] for copy in copies]
+                if not self._load_as_expected(sector, held):
+                    self._load_sector(sector, held, damaged_as)
 
-    def _load_as_expected(self, sector: int, copies: list[memoryview]) -> bool:
+    def _load_as_expected(self, sector: int, copies: list[bytes]) -> bool:
         """Load a sector of which all copies are sound and the same, as nearly all are; there may be
         a hundred thousand. False, and nothing is loaded, if that is not so."""
-        at = sector * DURABLE_SECTOR
-        end = at + DURABLE_SECTOR
-        held = copies[0][at + _HEADER.size : end]
-        if all(copy[at:end] == _NEVER_WRITTEN for copy in copies):
+        if copies.count(_NEVER_WRITTEN) == len(copies):
             return True
-        if any(len(copy) < end for copy in copies):
+        if min(map(len, copies)) < DURABLE_SECTOR:
             return False
-        generation, epoch = _HEADER.unpack_from(copies[0], at)[4:7:2]
+        generation, epoch = _HEADER.unpack_from(copies[0])[4:7:2]
+        payload = copies[0][_HEADER.size :]
         for number, copy in enumerate(copies):
-            expected = (self.kind, number, 0, generation, sector, epoch, self._uuid[:8])
-            checksum, *header = _HEADER.unpack_from(copy, at)
-            if (
-                tuple(header) != expected
-                or checksum != zlib.crc32(copy[at + 4 : end])
-                or copy[at + _HEADER.size : end] != held
-            ):
+            place = (self.kind, number, 0, generation, sector, epoch, self._uuid[:8])
+            expected = (zlib.crc32(copy[4:]), *place)
+            if _HEADER.unpack_from(copy) != expected or copy[_HEADER.size :] != payload:
                 return False
         self._generations[sector] = generation
         self.newest_epoch = max(self.newest_epoch, epoch)
-        if epoch == self.epoch and held != _NO_BITS:
-            self._fill(sector, bytes(held))
+        if epoch == self.epoch and payload != _NO_BITS:
+            self._fill(sector, payload)
         return True
 
     def _fill(self, sector: int, payload: bytes) -> None:
@@ -204,7 +205,7 @@ class DurableMap:
         bits.frombytes(payload)
         self.bits[start:stop] = bits[: stop - start]
 
-    def _load_sector(self, sector: int, copies: list[memoryview], damaged_as: int) -> None:
+    def _load_sector(self, sector: int, copies: list[bytes], damaged_as: int) -> None:
         at = sector * DURABLE_SECTOR
         found = [
             self._unpack(sector, number, bytes(copy[at : at + DURABLE_SECTOR]))
