@@ -34,7 +34,12 @@ STAMP = "user.clonefs.volume"  # an extended attribute
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_LARGE = 32 << 10  # bytes
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+_uninitialised = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_uninitialised.restype = ctypes.py_object
+_uninitialised.argtypes = [ctypes.c_char_p, ctypes.c_ssize_t]
 
 
 class BackingUnit:
@@ -67,7 +72,7 @@ class BackingUnit:
     def read_now(self, offset: int, length: int) -> Buffer | None:
         if not self._nowait_reads:
             return None
-        data = bytearray(length)
+        data = _room(length)
         try:
             if os.preadv(self.fd, (data,), offset, os.RWF_NOWAIT) == length:
                 return data
@@ -82,7 +87,7 @@ class BackingUnit:
     async def read(self, offset: int, length: int) -> Buffer:
         # A large one takes longer to copy than to hand over, and the loop has others to serve.
         if length <= RING_LARGEST and (here := ring(local=self._is_local)) is not None:
-            data = bytearray(length)
+            data = _room(length)
             try:
                 if self._is_local:
                     done = await here.read(self.fd, offset, data)
@@ -96,7 +101,7 @@ class BackingUnit:
         return await trio.to_thread.run_sync(self._read, offset, length, limiter=self._threads)
 
     def _read(self, offset: int, length: int) -> bytearray:
-        data = bytearray(length)
+        data = _room(length)
         view = memoryview(data)
         done = 0
         try:
@@ -302,6 +307,15 @@ class BackingUnit:
             return DeviceError(errno.ENOSPC, reason, self.name)
         reason = f"cannot {verb} {length} bytes at {offset} of {self.name}: {error.strerror}"
         return DeviceError(errno.EIO, reason, self.name)
+
+
+def _room(length: int) -> bytearray:
+    """Bytes to be read to, all of them. Large ones are not made zeros first, as `bytearray` would: of a
+    read of 1 MiB from the page cache that is a fifth of the time."""
+    if length < _LARGE:
+        return bytearray(length)
+    room: bytearray = _uninitialised(None, length)
+    return room
 
 
 def read_stamp(file: int | str) -> str | None:
