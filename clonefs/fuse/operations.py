@@ -218,7 +218,9 @@ class Operations(pyfuse3.Operations):
         handle = self._new_handle()
         sync = bool(flags & (os.O_SYNC | os.O_DSYNC))
         self._lus[handle] = LuHandle(group, name, lu, sync, bool(flags & os.O_TRUNC))
-        cached = self._options.cached and name == SOURCE
+        cached = self._tree.caches(node)
+        if cached:
+            self._tree.hold_modified(node)
         return FileInfo(fh=handle, direct_io=not cached, keep_cache=cached)
 
     async def _open_control(self, node: Node, flags: int) -> FileInfo:
@@ -268,7 +270,9 @@ class Operations(pyfuse3.Operations):
         return handle
 
     async def release(self, fh: FileHandleT) -> None:
-        self._lus.pop(fh, None)
+        handle = self._lus.pop(fh, None)
+        if handle is not None and not self.in_use(handle.group, handle.name):
+            self._tree.let_modified_go((handle.group, handle.name))
         self._controls.pop(fh, None)
         self._watch.forget(fh)
 

@@ -17,8 +17,8 @@ EXPLAINED = {
     "allow_other": "Let others than who mounts look at the tree at all; modes decide what they may do.",
     "ro": "Change nothing on disk, neither the volume nor a backing.",
     "rw": "The opposite, as it is if neither is given.",
-    "cached": "Let the kernel cache pages of Sources, so that shared mappings of them work; slower "
-    "otherwise.",
+    "cached": "Let the kernel cache pages of Sources: shared mappings of them work, and what is read "
+    "again is not asked for; first reads, large writes and restores take longer.",
     "nopoll": "Never ask whether a file is ready: faster where programs use io_uring on LU files, but "
     "poll(2) and select do not wait for changes of control files.",
     "poll": "The opposite, as it is if neither is given.",

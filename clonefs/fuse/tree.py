@@ -19,6 +19,7 @@ CONTROL = "control"
 SOURCE = "source"
 # What cmp, cat and stdio read at once: a request costs more than the bytes in it.
 LARGEST_REQUEST = 128 << 10
+REMEMBERED = 1  # seconds that the kernel does not ask again for attributes of what it may cache
 
 Path = tuple[str, ...]
 
@@ -57,6 +58,7 @@ class Tree:
         # Objects whose id() stands in a key: they must live as long as the key does.
         self._identities: list[object] = []
         self._known_identities: set[int] = set()
+        self._held: dict[Path, int] = {}  # times of modification that stay as they are
 
     def node(self, inode: InodeT) -> Node | None:
         """The node of that number, if what it was is still there."""
@@ -137,13 +139,18 @@ class Tree:
             self._paths[inode] = key
         return self._inodes[key]
 
+    def caches(self, node: Node) -> bool:
+        """Whether the kernel may keep pages of the file."""
+        return self._options.cached and node.lu is not None and node.name == SOURCE
+
     def attributes(self, node: Node) -> EntryAttributes:
-        """What stat(2) shows. Nothing of it may be cached: states change modes at any time."""
+        """What stat(2) shows. Nothing of it may be cached, since states change modes at any time, but
+        of a file whose pages are: the kernel would ask before each read of them."""
         entry = EntryAttributes()
         entry.st_ino = node.inode
         entry.generation = 0
         entry.entry_timeout = 0
-        entry.attr_timeout = 0
+        entry.attr_timeout = REMEMBERED if self.caches(node) else 0
         entry.st_uid = self._options.uid
         entry.st_gid = self._options.gid
         entry.st_blksize = 4096 if node.lu is None else LARGEST_REQUEST
@@ -164,7 +171,17 @@ class Tree:
         if node.lu is None:
             return state, state
         modified = self._ns(node.lu.modified())
-        return modified, max(modified, state)
+        return self._held.get(node.path, modified), max(modified, state)
+
+    def hold_modified(self, node: Node) -> None:
+        """Let the time of modification be what it is, until `let_modified_go`: where the kernel has
+        pages, it takes another time for a change of others, and drops them."""
+        modified, _ = self._times_ns(node)
+        self._held[node.path] = modified
+
+    def let_modified_go(self, path: Path) -> None:
+        """Show the time of modification as it is again."""
+        self._held.pop(path, None)
 
     def _ns(self, seconds: float | None) -> int:
         return self._started_ns if seconds is None else int(seconds * 1_000_000_000)

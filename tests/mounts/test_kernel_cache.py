@@ -7,6 +7,7 @@ device it is passed by, and otherwise it has to be told to forget (`blockdev --f
 
 import contextlib
 import itertools
+import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from tests.mounts.mount import (
     noise,
     opened,
     read,
+    wait_for,
     write,
 )
 
@@ -279,6 +281,50 @@ def test_a_clone_of_a_mapped_source_has_what_was_flushed(cached: Mount) -> None:
         pages.flush()
     assert_same(read(clone.path, 0, 8192), RUIN[:4096] + GOOD[4096:8192], "the clone")
     assert_same(read(group.source, 0, 8192), RUIN[:4096] + RUIN[:4096], "the Source")
+
+
+# Pages that stay -----------------------------------------------------------------------------------
+
+
+def _reads(group: Group) -> int:
+    status = json.loads(group.mount.control("status.json").read())
+    reads: int = status["groups"][group.name]["host_io"]["reads"]
+    return reads
+
+
+def test_what_is_cached_stays_cached_when_hosts_write_elsewhere(cached: Mount) -> None:
+    """The kernel drops all pages of a file when it sees another time of modification."""
+    group = cached.add_group(data=GOOD)
+    with opened(group.source, os.O_RDWR) as fd:
+        assert_same(os.pread(fd, SIZE, 0), GOOD, "all of it")
+        before, modified = _reads(group), os.fstat(fd).st_mtime_ns
+        for at in range(0, 4 * EXTENT, EXTENT):
+            os.pwrite(fd, RUIN[at : at + 4096], at)
+            assert os.pread(fd, 4096, at + 4096) == GOOD[at + 4096 : at + 8192]
+        assert _reads(group) == before
+        assert os.fstat(fd).st_mtime_ns == modified
+        with opened(group.source, os.O_RDONLY) as other:
+            assert os.pread(other, 4096, SIZE - 4096) == GOOD[-4096:]
+        assert _reads(group) == before
+    wait_for(lambda: group.source.stat().st_mtime_ns > modified, "for the time of the last write")
+
+
+def _requests(mount: Mount) -> int:
+    """How many times the daemon has read something, requests for the most part."""
+    assert mount.process is not None
+    counted = Path(f"/proc/{mount.process.pid}/io").read_text()
+    return int(dict(line.split(": ") for line in counted.splitlines())["syscr"])
+
+
+def test_the_kernel_does_not_ask_before_it_reads_what_it_has(cached: Mount) -> None:
+    """Not even whether the file has changed, but once in a while."""
+    group = cached.add_group(data=GOOD)
+    with opened(group.source, os.O_RDONLY) as fd:
+        assert_same(os.pread(fd, SIZE, 0), GOOD, "all of it")
+        before = _requests(cached)
+        for at in range(0, SIZE, 4096):
+            os.pread(fd, 4096, at)
+        assert _requests(cached) - before < SIZE // 4096 // 4
 
 
 # Several at once ---------------------------------------------------------------------------------
