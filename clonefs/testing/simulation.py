@@ -24,7 +24,7 @@ from bitarray import bitarray
 from clonefs.engines import Recorder, StorageSystem
 from clonefs.engines.recovery import load
 from clonefs.errors import ClonefsError
-from clonefs.extents import SECTOR, ExtentMap, Pieces
+from clonefs.extents import SECTOR, ExtentMap, Geometry, Pieces
 from clonefs.group import CloneGroup
 from clonefs.group.transitions import unflushed
 from clonefs.testing.driver import EXTENT, PER_EXTENT, Counts, Driver
@@ -304,14 +304,19 @@ class Simulation:
 
     def _rot(self, world: World) -> None:
         """The disk under the volume damages a sector of a durable map: one of the PDM, or one copy
-        of one of the PPRM."""
+        of one of the PPRM. Where only one copy is good, or newer, since no daemon has come so far as
+        to write the other again, that is not done: the second copy is there for one failure."""
         if self.random.random() >= self.plan.rot:
             return
         volume = MetadataVolume(SimulatedMedium(self._to_look_at()), f"boot {self.boot}")
         if not volume.record.groups:
             return
-        slot = self.random.choice(volume.record.groups).durable
-        start = slot.offset + self.random.randrange(3) * (slot.length // 3)
+        group = self.random.choice(volume.record.groups)
+        which = self.random.randrange(3)
+        _, protected = volume.durable_maps(group, Geometry(group.size, group.extent_size).extents)
+        if which > 0 and protected.unwritten:
+            return
+        start = group.durable.offset + which * (group.durable.length // 3)
         for view in (self.volume, self.volume_on_disk):
             view[start : start + SECTOR] = bytes(reversed(range(256))) * 2
         self.report.rotten += 1
