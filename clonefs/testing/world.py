@@ -432,16 +432,19 @@ class SimulatedMedium:
             raise failed("writing to the volume failed: a simulated error")
 
     def flush_part(self, offset: int, length: int) -> None:
-        if self._world.begins("flush", VOLUME):
-            raise failed("flushing the volume failed: a simulated error")
+        self._may_fail()
         part = slice(offset, offset + length)
         self._world.volume_on_disk[part] = self._world.volume[part]
 
     def flush(self) -> None:
         self._look()
-        if self._world.begins("flush", VOLUME):
-            raise failed("flushing the volume failed: a simulated error")
+        self._may_fail()
         self._world.volume_on_disk[:] = self._world.volume
+
+    def _may_fail(self) -> None:
+        if self._world.begins("flush", VOLUME):
+            self._world.volume_failed = True
+            raise failed("flushing the volume failed: a simulated error")
 
     def close(self) -> None:
         self.view.release()
