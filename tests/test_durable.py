@@ -116,27 +116,37 @@ def test_what_is_cleared_is_covered_no_more() -> None:
     assert durable.bits.count(0) == 10
 
 
-def test_a_sector_that_is_bad_in_one_copy_is_read_from_the_other() -> None:
-    for copy in COPIES:
-        disk = Disk()
-        durable = disk.load()
-        durable.mark(7, 8)
-        disk.write_out(durable)
-        disk.content[copy + 100] ^= 1
-        assert disk.load().bits[7]
-        assert not disk.load().damaged
-
-
-def test_the_newer_copy_counts() -> None:
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("sector", [0, 1, 3])
+def test_a_sector_that_is_bad_in_one_copy_is_read_from_the_other(sector: int, copy: int) -> None:
     disk = Disk()
     durable = disk.load()
-    durable.mark(7, 8)
+    durable.mark(sector * BITS + 7, sector * BITS + 8)
     disk.write_out(durable)
-    old = bytes(disk.content[COPIES[1] : COPIES[1] + DURABLE_SECTOR])
-    durable.mark(9, 10)
-    disk.write_out(durable)
-    disk.content[COPIES[1] : COPIES[1] + DURABLE_SECTOR] = old
-    assert disk.load().bits[9]
+    disk.content[copy + sector * DURABLE_SECTOR + 100] ^= 1
+    assert disk.load().bits[sector * BITS + 7]
+    assert not disk.load().damaged
+    assert disk.load().single == [sector]
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("sector", [0, 1, 3])
+def test_the_newer_copy_counts(sector: int, copy: int) -> None:
+    """A write is cut off between the copies; the older one may be that which was never written."""
+    disk = Disk()
+    durable = disk.load()
+    part = slice(copy + sector * DURABLE_SECTOR, copy + (sector + 1) * DURABLE_SECTOR)
+    for extent in (sector * BITS + 7, sector * BITS + 9):
+        old = bytes(disk.content[part])
+        durable.mark(extent, extent + 1)
+        disk.write_out(durable)
+        new = bytes(disk.content[part])
+        disk.content[part] = old
+        loaded = disk.load()
+        assert loaded.bits == durable.bits
+        assert not loaded.damaged
+        assert loaded.unwritten == {sector}
+        disk.content[part] = new
 
 
 @pytest.mark.parametrize("damaged_as", [0, 1])
@@ -174,17 +184,18 @@ def test_sectors_of_another_restore_volume_place_or_map_do_not_count() -> None:
     assert delta.bits[:BITS].all()
 
 
-def test_a_copy_that_is_bad_or_old_is_written_again() -> None:
+@pytest.mark.parametrize("sector", [0, 1, 3])
+def test_a_copy_that_is_bad_or_old_is_written_again(sector: int) -> None:
     disk = Disk()
     durable = disk.load()
-    durable.mark(7, 8)
+    durable.mark(sector * BITS + 7, sector * BITS + 8)
     disk.write_out(durable)
-    disk.content[COPIES[0] + 100] ^= 1
+    disk.content[COPIES[0] + sector * DURABLE_SECTOR + 100] ^= 1
     again = disk.load()
-    assert again.unwritten == {0}
+    assert again.unwritten == {sector}
     disk.write_out(again)
-    disk.content[COPIES[1] + 100] ^= 1  # now the other one
-    assert disk.load().bits[7]
+    disk.content[COPIES[1] + sector * DURABLE_SECTOR + 100] ^= 1  # now the other one
+    assert disk.load().bits[sector * BITS + 7]
 
 
 def test_a_new_restore_makes_damaged_sectors_good() -> None:

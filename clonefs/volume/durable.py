@@ -206,11 +206,7 @@ class DurableMap:
         self.bits[start:stop] = bits[: stop - start]
 
     def _load_sector(self, sector: int, copies: list[bytes], damaged_as: int) -> None:
-        at = sector * DURABLE_SECTOR
-        found = [
-            self._unpack(sector, number, bytes(copy[at : at + DURABLE_SECTOR]))
-            for number, copy in enumerate(copies)
-        ]
+        found = [self._unpack(sector, number, copy) for number, copy in enumerate(copies)]
         sound = [each for each in found if each is not None]
         if not sound:
             start, stop = self._range(sector)
