@@ -202,14 +202,13 @@ class Ledger:
         when: str,
     ) -> None:
         offset, length = group.geometry.bytes_of(extent, extent + 1)
-        part = slice(offset, offset + length)
         for name, clone in group.clones.items():
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
             excused = unknown[name] | unknown[SOURCE]
-            if (
-                not marked
-                and contents[name][part] != contents[SOURCE][part]
-                and excused.isdisjoint(range(offset, offset + length))
+            if not marked and any(
+                contents[name][at : at + SECTOR] != contents[SOURCE][at : at + SECTOR]
+                for at in range(offset, offset + length, SECTOR)
+                if at not in excused
             ):
                 raise Violation(f"{when}: extent {extent} of {name} differs and no map says so")
 

@@ -72,10 +72,12 @@ class Disk:
     def evict(self, rng: random.Random) -> list[int]:
         """The page cache lets go of some of what a failed flush has lost; it counts as clean. Returns
         the sectors that now show what is on disk."""
-        evicted = [start for start in sorted(self.lost - self.unknown) if rng.random() < 0.5]
-        for start in evicted:
+        evicted = []
+        for start in sorted(self.lost - self.unknown):
             part = slice(start, start + SECTOR)
-            self.content[part] = self.on_disk[part]
+            if rng.random() < 0.5 and self.content[part] != self.on_disk[part]:
+                self.content[part] = self.on_disk[part]
+                evicted.append(start)
         return evicted
 
     def copy(self) -> "Disk":
