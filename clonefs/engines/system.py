@@ -740,6 +740,7 @@ class StorageSystem:
                     lambda record: transitions.break_off_restore(record, name, void=void, now=now)
                 )
                 await self._empty_void(server)
+            await self._forget_pages(group)  # what was shown of the clone, and not copied
 
     def _empty_protected(self, server: GroupServer) -> MapSlot:
         """A Protected Restore Map that is empty: the group's own, or a new one in its place, so

@@ -196,9 +196,11 @@ class Daemon:
         node = self._tree.at((group, SOURCE))
         if node is None:
             return
+        self._tree.let_modified_move(node.path)
         # Where the kernel does not know the file, it has no pages of it.
         with contextlib.suppress(FileNotFoundError):
             await trio.to_thread.run_sync(pyfuse3.invalidate_inode, node.inode)
+        self._tree.let_modified_move(node.path)  # of who has opened it meanwhile, too
 
     def _event(self, line: str) -> None:
         self._control.events.append(f"{timestamp(time.time())} {line}")

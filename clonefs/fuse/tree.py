@@ -58,7 +58,8 @@ class Tree:
         # Objects whose id() stands in a key: they must live as long as the key does.
         self._identities: list[object] = []
         self._known_identities: set[int] = set()
-        self._held: dict[Path, int] = {}  # times of modification that stay as they are
+        # Times of modification of what is open, that stay as they are; None for those that do not.
+        self._held: dict[Path, int | None] = {}
 
     def node(self, inode: InodeT) -> Node | None:
         """The node of that number, if what it was is still there."""
@@ -171,13 +172,20 @@ class Tree:
         if node.lu is None:
             return state, state
         modified = self._ns(node.lu.modified())
-        return self._held.get(node.path, modified), max(modified, state)
+        held = self._held.get(node.path)
+        return modified if held is None else held, max(modified, state)
 
     def hold_modified(self, node: Node) -> None:
         """Let the time of modification be what it is, until `let_modified_go`: where the kernel has
         pages, it takes another time for a change of others, and drops them."""
-        modified, _ = self._times_ns(node)
-        self._held[node.path] = modified
+        self._held.setdefault(node.path, self._times_ns(node)[0])
+
+    def let_modified_move(self, path: Path) -> None:
+        """Do not hold it after all, until it is let go and held again. A write that is under way while
+        the kernel is told to drop its pages has its own dropped as well; one that is read in its place
+        is older, and stays unless the kernel sees another time."""
+        if path in self._held:
+            self._held[path] = None
 
     def let_modified_go(self, path: Path) -> None:
         """Show the time of modification as it is again."""

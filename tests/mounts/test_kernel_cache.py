@@ -10,13 +10,17 @@ import itertools
 import json
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from clonefs.volume import format_volume
+from tests.mounts.faulty import FaultyDevice
 from tests.mounts.load import Host, Reader
 from tests.mounts.mount import (
+    DEADLINE_S,
     EXTENT,
     Clone,
     Group,
@@ -325,6 +329,74 @@ def test_the_kernel_does_not_ask_before_it_reads_what_it_has(cached: Mount) -> N
         for at in range(0, SIZE, 4096):
             os.pread(fd, 4096, at)
         assert _requests(cached) - before < SIZE // 4096 // 4
+
+
+def test_a_write_that_waits_while_a_restore_takes_effect_is_seen_when_it_is_done(
+    tmp_path: Path, device: FaultyDevice
+) -> None:
+    """Its page is dropped with the others, and read again before it has been written."""
+    mount = Mount(tmp_path / "work", "cached")
+    mount.meta = device.path / "mapped-volume"
+    format_volume(device.behind / mount.meta.name, size=4 * MiB, force=False)
+    mount.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(mount.close)
+        stack.callback(device.mend)
+        backing = device.path / "source.img"
+        backing.write_bytes(GOOD)
+        mount.control("add_group").write(f"g {backing}")
+        group = Group(mount, "g", backing)
+        clone = group.add_fractured()
+        write(group.source, 0, RUIN)
+        clone.rate(1)
+        fd = stack.enter_context(opened(group.source, os.O_RDWR))
+        commit = device.hang(mount.meta, "write")
+        restore = _thread(clone.restore)
+        commit.wait_for_a_hang()
+        on_disk = device.hang(backing, "write")
+        writer = _thread(lambda: os.pwrite(fd, b"W" * 4096, 4096))
+        wait_for(lambda: "request" in _where_it_waits(writer), "for the write to be under way")
+        commit.mend()
+        restore.join()
+        assert writer.is_alive()
+        seen: list[bytes] = []
+        reader = _thread(lambda: seen.append(os.pread(fd, 4096, 4096)))
+        reader.join(DEADLINE_S)
+        assert seen == [GOOD[4096:8192]]
+        on_disk.mend()
+        writer.join()
+        assert os.pread(fd, 4096, 4096) == b"W" * 4096
+        assert read(group.source, 4096, 4096) == b"W" * 4096
+
+
+def _thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def _where_it_waits(thread: threading.Thread) -> str:
+    return Path(f"/proc/self/task/{thread.native_id}/wchan").read_text()
+
+
+def test_what_was_shown_of_the_clone_is_gone_when_a_restore_is_broken_off(cached: Mount) -> None:
+    """Not all that was read has been copied: copies for reads have a small share of the time."""
+    size = 128 * MiB
+    group = cached.add_group(data=b"G" * size)
+    clone = group.add_fractured()
+    with (
+        opened(group.source, os.O_RDWR) as fd,
+        opened(group.source, os.O_RDONLY | os.O_DIRECT) as direct,
+    ):
+        os.pwrite(fd, b"R" * size, 0)
+        clone.rate(1)
+        clone.restore()
+        assert_same(os.pread(fd, size, 0), b"G" * size, "in the restore")
+        assert group.restore_status()["pending"] > 0
+        clone.fracture("force")
+        there = mmap.mmap(-1, size)
+        assert os.preadv(direct, [there], 0) == size
+        assert_same(os.pread(fd, size, 0), there[:], "broken off")
 
 
 # Several at once ---------------------------------------------------------------------------------
