@@ -331,13 +331,6 @@ def read_through(path: Path) -> None:
             at += count
 
 
-def read_anew(path: Path) -> None:
-    """Let the kernel drop what it has cached of it, of which nothing is dirty, and read all of it."""
-    with opened(path) as fd:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    read_through(path)
-
-
 def must_be_equal(
     one: Path, other: Path, but: Iterable[range] = (), stop: int | None = None
 ) -> None:

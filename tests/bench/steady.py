@@ -2,10 +2,8 @@
 
 Everything that is read lies in the page cache of the backing files, for all contestants but one: the raw
 file with O_DIRECT, and through its loop device, is the disk. A kernel may take pages from files that are
-not used for a moment (DAMON), and in a round of all contestants each is idle for long. And how a file is
-cached, in which pieces and where, makes a factor of two for large reads, for as long as it stays; a file
-that is filled once would have its luck for all rounds. So what is going to be read is dropped, and read
-once before; what is going to be written to as well, so that all begin alike.
+not used for a moment (DAMON), and in a round of all contestants each is idle for long; so what is going
+to be read is read once before.
 """
 
 import contextlib
@@ -17,16 +15,7 @@ from tests.bench.load import BYTES, Job, Measured, measure, write_once
 from tests.bench.peers import exported
 from tests.bench.results import Part, median, spread
 from tests.bench.scale import Scale, rounds, shuffled
-from tests.bench.stage import (
-    EXTENT,
-    Mount,
-    cpu_seconds,
-    fill,
-    flush,
-    loop_device,
-    read_anew,
-    read_through,
-)
+from tests.bench.stage import EXTENT, Mount, cpu_seconds, fill, flush, loop_device, read_through
 from tests.bench.tables import table
 
 PLAIN, MIRROR, SPLIT, EIGHT = "no clone", "mirrored clone", "fractured clone", "8 fractured clones"
@@ -117,8 +106,9 @@ class Field:
     def measure(self, cell: Cell, who: str) -> tuple[Measured, float]:
         """What hosts get, and the seconds of processor time that a request costs the daemon."""
         path = (self.loops if cell.way == LOOP else self.paths)[who]
-        for cached in (*self.backings[who], *([path] if cell.way == BUFFERED else [])):
-            read_anew(cached)
+        if not cell.job.writes:
+            for cached in (*self.backings[who], *([path] if cell.way == BUFFERED else [])):
+                read_through(cached)
         before = self._cpu(who)
         measured = measure(path, cell.job, self.scale.steady, self.scale.seconds)
         used = self._cpu(who) - before
