@@ -271,7 +271,8 @@ class Operations(pyfuse3.Operations):
 
     async def release(self, fh: FileHandleT) -> None:
         handle = self._lus.pop(fh, None)
-        if handle is not None and not self.in_use(handle.group, handle.name):
+        # Asked first: to look at all that is open takes long where that is much.
+        if self._options.cached and handle and not self.in_use(handle.group, handle.name):
             self._tree.let_modified_go((handle.group, handle.name))
         self._controls.pop(fh, None)
         self._watch.forget(fh)
