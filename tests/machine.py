@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clonefs.volume import format_volume
-from tests.mounts.mount import DEADLINE_S, MiB, wait_for
+from tests.mounts.mount import DEADLINE_S, Loop, MiB, wait_for
 
 TOP = Path(__file__).resolve().parent.parent
 PROGRAM = TOP / ".venv/bin/clonefs"
@@ -157,19 +157,11 @@ class Machine:
         )
         return self.mountpoint / "payroll/nightly"
 
-    def loops(self) -> list[str]:
-        """The loop devices over files that only this machine, or the test, can have made."""
-        listed = self.result(
-            "losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE"
-        ).stdout
-        mine = [line.split() for line in listed.splitlines() if str(self.work) in line]
-        return [device for device, *_ in mine]
-
     def close(self) -> None:
         """Put everything away."""
         # A loop device keeps its mount alive, and has no path any more once that is taken away.
-        for device in self.loops():
-            self.result("losetup", "--detach", device)
+        for device in Loop.all_below(self.work):
+            device.detach()
         for mountpoint in self._mountpoints():
             self.result("umount", "--lazy", "--internal-only", mountpoint)
         self.holder.communicate(timeout=DEADLINE_S)

@@ -18,7 +18,7 @@ import pytest
 from clonefs.cli import service_manager
 from clonefs.volume import was_closed_cleanly
 from tests.machine import PROGRAM, TOP, Machine
-from tests.mounts.mount import DEADLINE_S, MiB, noise, run, wait_for
+from tests.mounts.mount import DEADLINE_S, Loop, MiB, noise, run, wait_for
 
 HELPERS = TOP / "mount-helpers"
 SCRIPTS = (
@@ -101,6 +101,7 @@ def test_what_a_killed_run_left_is_cleared_away_by_the_next(tmp_path: Path) -> N
         (others,) = tmp_path.iterdir()
         dying, line = start(killed)
         daemon, device, work = line.split()
+        loop = Loop(Path(device))
         os.kill(int(daemon), signal.SIGKILL)
         dying.kill()
         dying.wait(DEADLINE_S)
@@ -111,10 +112,7 @@ def test_what_a_killed_run_left_is_cleared_away_by_the_next(tmp_path: Path) -> N
         assert others.exists()
         assert not Path(work).exists()
         assert work not in Path("/proc/self/mounts").read_text()
-        wait_for(
-            lambda: device not in run("losetup", "--noheadings", "--output", "NAME").split(),
-            "no device",
-        )
+        wait_for(lambda: not loop.is_attached(), "for the loop device to be free")
     finally:
         for process in started:
             process.kill()
@@ -500,7 +498,28 @@ def test_attaching_and_detaching_twice_is_as_good_as_once(mounted: Machine) -> N
     mounted.run(LOOP, "detach", "--mount", mounted.mountpoint, "payroll/source")
     assert mounted.run(LOOP, "list") == ""
     mounted.run(LOOP, "detach", source)
-    mounted.run(LOOP, "detach", device.strip())
+    mounted.run(LOOP, "detach", "/dev/loop1048575")  # not one that another test may have by now
+
+
+def test_a_device_of_somebody_else_is_not_detached(mounted: Machine) -> None:
+    source = mounted.add_group()
+    image = mounted.work / "other.img"
+    image.write_bytes(bytes(1 * MiB))
+    other = Loop(Path(mounted.run("losetup", "--find", "--show", image).strip()))
+    said = mounted.refusal(LOOP, "detach", other.path, status=1)
+    assert said == (
+        f"clonefs-loop: {other.path} is attached to {image}, which is no LU of a clonefs mount: "
+        f"if it has to go, losetup --detach {other.path}"
+    )
+
+    # As if the other one had been the Source's before, and was detached by other means.
+    device = Loop(Path(mounted.run(LOOP, "attach", source).strip()))
+    notes = Path("/run/clonefs-loop")
+    mounted.run("mv", notes / device.path.name, notes / other.path.name)
+    mounted.run(LOOP, "detach", source)
+    assert (device.is_attached(), other.is_attached()) == (False, True)
+    mounted.refusal(LOOP, "detach", other.path, status=1)
+    other.detach()
 
 
 def test_a_loop_device_is_read_only_where_the_lu_is(mounted: Machine) -> None:
@@ -555,17 +574,16 @@ def test_a_device_in_use_is_not_detached(mounted: Machine) -> None:
 
 def test_a_device_whose_daemon_has_died_can_be_detached(mounted: Machine) -> None:
     source = mounted.add_group()
-    dead = mounted.run(LOOP, "attach", source).strip()
+    dead = Loop(Path(mounted.run(LOOP, "attach", source).strip()))
     [daemon] = mounted.daemons()
     os.kill(daemon, signal.SIGKILL)
     wait_for(lambda: not mounted.daemons(), "for the daemon to end")
     mounted.run("umount", "--lazy", "--internal-only", mounted.mountpoint)
     mounted.run("mount", "-t", "clonefs", mounted.meta, mounted.mountpoint)
-    device = mounted.run(LOOP, "attach", source).strip()
-    assert device != dead
+    device = Loop(Path(mounted.run(LOOP, "attach", source).strip()))
+    assert device.path != dead.path
     mounted.run(LOOP, "detach", source)
-    for each in (device, dead):
-        assert not Path("/sys/block", Path(each).name, "loop").exists()
+    assert (device.is_attached(), dead.is_attached()) == (False, False)
 
 
 def test_what_is_no_lu_is_refused(mounted: Machine) -> None:

@@ -595,19 +595,35 @@ class Loop:
     """A loop device."""
 
     path: Path
-    _ours: bool = True
 
-    @property
-    def _backing(self) -> Path:
-        return Path("/sys/block", self.path.name, "loop/backing_file")
+    def __post_init__(self) -> None:
+        self._sequence = self._sequence_now()
+
+    @classmethod
+    def all_below(cls, directory: Path) -> "list[Loop]":
+        """Those over files below a directory."""
+        found = []
+        for file in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+            loop = cls(Path("/dev", file.parts[3]))
+            with contextlib.suppress(OSError):  # it was detached just now
+                if file.read_text().startswith(f"{directory}/"):
+                    found.append(loop)
+        return found
+
+    def is_attached(self) -> bool:
+        """Whether it is what it was. The same device may be somebody else's by now, with another
+        number in sequence."""
+        attached = Path("/sys/block", self.path.name, "loop/backing_file").exists()
+        return attached and self._sequence_now() == self._sequence
+
+    def _sequence_now(self) -> str:
+        return Path("/sys/block", self.path.name, "diskseq").read_text()
 
     def detach(self) -> None:
-        """Detach it, and return when it has let go of its backing. Only once: then the device may be
-        somebody else's."""
-        if self._ours and self._backing.exists():
+        """Detach it, if it is attached, and return when it has let go of its backing."""
+        if self.is_attached():
             run("losetup", "--detach", self.path)
-            wait_for(lambda: not self._backing.exists(), f"for {self.path} to be free")
-        self._ours = False
+            wait_for(lambda: not self.is_attached(), f"for {self.path} to be free")
 
     def forget_pages(self) -> None:
         """Make the kernel forget what it has cached of the device."""

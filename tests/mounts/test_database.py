@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounts.mount import DEADLINE_S, digest, mounts_below, run, wait_for
+from tests.mounts.mount import DEADLINE_S, Loop, digest, mounts_below, run, wait_for
 
 PAGE = Path(__file__).parents[2] / "docs/howto/restore-a-database.md"
 TABLES = ("accounts", "branches", "history", "tellers")
@@ -136,10 +136,8 @@ class Database:
         for _ in range(2):  # the file system, the loop device, and then what that is on
             for place in mounts_below(self.directory):
                 subprocess.run(["umount", place], check=False)
-            listed = run("losetup", "--list", "--noheadings", "--output", "NAME,BACK-FILE")
-            for line in listed.splitlines():
-                if str(self.directory) in line:
-                    run("losetup", "--detach", line.split()[0])
+            for loop in Loop.all_below(self.directory):
+                loop.detach()
         run("rm", "-r", "--one-file-system", self.directory)
 
 

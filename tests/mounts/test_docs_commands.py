@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import pages
-from tests.mounts.mount import mounts_below, run, wait_for
+from tests.mounts.mount import Loop, mounts_below, run, wait_for
 from tests.pages import PAGES, ROOT, Block
 
 PAGE_DEADLINE_S = 200
@@ -134,22 +134,6 @@ def run_page(page: Path, work: Path) -> Outcome:
 # What a page leaves behind
 
 
-def loops_below(work: Path) -> list[Path]:
-    """The loop devices over files below `work`."""
-    return [
-        Path("/dev", file.parts[3])
-        for file in Path("/sys/block").glob("loop*/loop/backing_file")
-        if _first_line(file).startswith(f"{work}/")
-    ]
-
-
-def _first_line(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:  # it was detached just now
-        return ""
-
-
 def daemons_below(work: Path) -> list[int]:
     """The processes with a path below `work` among their arguments."""
     found = []
@@ -162,16 +146,15 @@ def daemons_below(work: Path) -> list[int]:
 
 def put_away(work: Path) -> list[str]:
     """End whatever a page has left, file systems first; what that was."""
-    mounts, loops = mounts_below(work), loops_below(work)
+    mounts, loops = mounts_below(work), Loop.all_below(work)
     for place in mounts:
         # A page may have failed while a file system was frozen, and not every kernel lets go of it then.
         subprocess.run(["fsfreeze", "--unfreeze", place], check=False, capture_output=True)
         run("umount", "--lazy", place)
     for loop in loops:
-        run("losetup", "--detach", loop)
-    wait_for(lambda: not loops_below(work), "for the loop devices of the page to be free")
+        loop.detach()
     wait_for(lambda: not daemons_below(work), "for the daemons of the page to end")
-    return [str(each) for each in (*mounts, *loops)]
+    return [str(each) for each in (*mounts, *(loop.path for loop in loops))]
 
 
 @pytest.fixture
@@ -336,10 +319,10 @@ false
 """,
     )
     assert failure(page, work).startswith("page.md:17: exit status 1: false")
-    (loop,) = loops_below(work)
+    (loop,) = Loop.all_below(work)
     assert mounts_below(work) == [work / "disk", work / "mnt"]
-    assert put_away(tmp_path) == [str(work / "disk"), str(work / "mnt"), str(loop)]
-    assert (mounts_below(work), loops_below(work), daemons_below(work)) == ([], [], [])
+    assert put_away(tmp_path) == [str(work / "disk"), str(work / "mnt"), str(loop.path)]
+    assert (mounts_below(work), Loop.all_below(work), daemons_below(work)) == ([], [], [])
 
 
 def test_a_page_that_leaves_a_mount_behind_fails(tmp_path: Path, work: Path) -> None:
