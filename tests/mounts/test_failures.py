@@ -666,23 +666,25 @@ def test_maps_that_could_not_be_written_back_are_not_lost(
     run("sync", "--file-system", device.path)
     write(group.source, 5 * EXTENT, RUIN[:EXTENT])
     fault = device.fail(mount.meta, "write")
+    # The durable map has it already. The page of the first write may have been written back by now.
+    write(group.source, 6 * EXTENT, RUIN[:EXTENT])
     with contextlib.suppress(AssertionError):  # it says that it failed
         run("sync", "--file-system", device.path)
     assert fault.hits
     fault.mend()
     assert mount.process is not None
     _page_out(mount.process.pid, mount.meta)
-    assert clone.delta() == {5}
+    assert clone.delta() == {5, 6}
     fails(errno.EIO, clone.sync)
     assert "cannot be written" in clone.control("error").read()
-    assert clone.delta() == {5}
+    assert clone.delta() == {5, 6}
     umount_with_a_failure(mount)
     with mount.meta.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     mount.start()
     check_event(mount, "recovery", "metadata volume")
-    assert 5 in clone.delta()
+    assert {5, 6} <= clone.delta()
     clone.restore()
     assert_same(group.source.read_bytes(), GOOD, "the Source")
 
