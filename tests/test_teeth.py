@@ -28,6 +28,7 @@ from clonefs.testing import SCENARIOS, Blow, Plan, Simulation, plan_of, random_p
 from clonefs.testing.world import SimulatedUnit
 from clonefs.units import Buffer, FlushFailure, LogicalUnit
 from clonefs.volume import DurableMap, GroupRecord, MapSlot, MetadataVolume, Record
+from clonefs.volume.layout import DURABLE_SECTOR
 
 RUNS = 1200
 DEATHS = (Blow.KILL, Blow.POWER_CUT)
@@ -278,6 +279,32 @@ def intent_not_awaited(patch: Patch) -> None:
     patch.setattr(
         DurableMap, "covers", lambda self, first, stop: self.bits.find(0, first, stop) < 0
     )
+
+
+def intent_of_the_first_sector_is_enough(patch: Patch) -> None:
+    """D1: a write to extents of two sectors waits for the first of them."""
+    original = DurableMap.covers
+
+    def covers(self: DurableMap, first: int, stop: int) -> bool:
+        within = min(stop, self.range_of(first // self.extents_per_sector)[1])
+        return original(self, first, within) and self.bits.find(0, first, stop) < 0
+
+    patch.setattr(DurableMap, "covers", covers)
+
+
+def second_copies_are_not_read(patch: Patch) -> None:
+    """D6: of the second copies of the PPRM only the first sector is read."""
+    original = DurableMap.load
+
+    def load(self: DurableMap, read: Any, *, damaged_as: int) -> None:
+        def read_less(offset: int, length: int) -> bytes:
+            data: bytes = read(offset, length)
+            second = len(self._offsets) > 1 and offset >= self._offsets[1]
+            return data[:DURABLE_SECTOR].ljust(length, b"?") if second else data
+
+        original(self, read_less, damaged_as=damaged_as)
+
+    patch.setattr(DurableMap, "load", load)
 
 
 def trimmed_without_a_flush(patch: Patch) -> None:
@@ -714,6 +741,8 @@ MUTANTS: list[Mutant] = [
     restart_drops_early,
     intent_not_awaited,
     intent_under_way_is_believed,
+    intent_of_the_first_sector_is_enough,
+    second_copies_are_not_read,
     trimmed_without_a_flush,
     trimmed_though_protected,
     fractured_without_a_flush,
@@ -762,7 +791,13 @@ FAILING_VOLUME = replace_plan(
 FAILING_FLUSHES = replace_plan(
     MANY_EXTENTS, extents=6, points_a_life=500, commands=10, flush_fault_rate=0.05, power_cuts=0.5
 )
+SEVERAL_SECTORS = replace_plan(MANY_EXTENTS, extents_per_sector=3, power_cuts=1.0, rot=0.7)
+A_SECTOR_EACH = replace_plan(
+    MANY_EXTENTS, extents=6, extents_per_sector=1, points_a_life=500, power_cuts=1.0
+)
 FOCUS: dict[Mutant, Focus] = {
+    intent_of_the_first_sector_is_enough: A_SECTOR_EACH,
+    second_copies_are_not_read: SEVERAL_SECTORS,
     forgets_that_a_flush_failed: FAILING_FLUSHES,
     believes_the_page_cache: FAILING_FLUSHES,
     copies_hot_extents_all_the_same: FAILING_FLUSHES,

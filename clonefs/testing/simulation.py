@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import trio
 import trio.testing
@@ -35,6 +36,14 @@ from clonefs.testing.world import Disk, Faults, SimulatedMedium, SimulatedUnit, 
 from clonefs.units import LogicalUnit
 from clonefs.volume import CloneState, MetadataVolume, format_medium
 from clonefs.volume.check import Fault, Severity, examine
+from clonefs.volume.durable import (
+    PERSISTENT_PROTECTED_RESTORE_MAP,
+    DurableMap,
+    Place,
+    starts_of_maps,
+    unpack_sector,
+)
+from clonefs.volume.layout import DURABLE_SECTOR, EXTENTS_PER_DURABLE_SECTOR, DamagedError
 
 GROUPS = ("g", "h")
 CLONES = ("a", "b", "c")
@@ -49,7 +58,8 @@ class Plan:
     `requests` are of each host in each life, `commands` of each life. `fault_rate`: of the reads
     and writes of disks; `flush_fault_rate`, `volume_fault_rate`: of flushes, and of durable writes to
     the volume. Of the lives that end, `power_cuts` is the share that end with one. `rot`: the chance
-    that a sector of a durable map is damaged between two lives. `scenario`: a written one instead of
+    that a sector of a durable map is damaged between two lives; such a sector has
+    `extents_per_sector`. `scenario`: a written one instead of
     random hosts; `death`: the point at which the first life ends, `fault`: the I/O of the first life
     that fails, for ever if `lasting`.
     """
@@ -69,6 +79,7 @@ class Plan:
     lasting_rate: float = 0.0
     power_cuts: float = 0.5
     rot: float = 0.0
+    extents_per_sector: int = EXTENTS_PER_DURABLE_SECTOR
     scenario: str | None = None
     death: int | None = None
     fault: int | None = None
@@ -162,6 +173,19 @@ def _deterministic_trio(seed: int) -> None:
     trio_run._r.seed(seed)
 
 
+def _are_the_same(volume: bytearray, uuid: bytes, sector: int, starts: list[int]) -> bool:
+    """Whether both copies of a sector of a PPRM, which begin at these bytes, are good and equal. Does
+    not ask the code that is tested, which may take one for the other."""
+    found = []
+    for copy, start in enumerate(starts):
+        place = Place(PERSISTENT_PROTECTED_RESTORE_MAP, uuid, copy, sector)
+        try:
+            found.append(unpack_sector(place, bytes(volume[start : start + DURABLE_SECTOR])))
+        except DamagedError:
+            return False
+    return found[0] == found[1]
+
+
 class Simulation:
     """The run of a plan: what lives longer than one daemon."""
 
@@ -206,7 +230,8 @@ class Simulation:
         """All lives. Raises Violation. What the daemon would log is not logged: it is expected."""
         logging.disable(logging.CRITICAL)
         try:
-            return self._run()
+            with mock.patch.object(DurableMap, "extents_per_sector", self.plan.extents_per_sector):
+                return self._run()
         finally:
             logging.disable(logging.NOTSET)
 
@@ -312,12 +337,15 @@ class Simulation:
         if not volume.record.groups:
             return
         group = self.random.choice(volume.record.groups)
-        which = self.random.randrange(3)
-        _, protected = volume.durable_maps(group, Geometry(group.size, group.extent_size).extents)
-        if which > 0 and protected.unwritten:
+        durable, _ = volume.durable_maps(group, Geometry(group.size, group.extent_size).extents)
+        which, sector = self.random.randrange(3), self.random.randrange(durable.sectors)
+        starts = [start + sector * DURABLE_SECTOR for start in starts_of_maps(group.durable)]
+        views = (self.volume, self.volume_on_disk)
+        uuid = volume.superblock.uuid
+        if which > 0 and not all(_are_the_same(view, uuid, sector, starts[1:]) for view in views):
             return
-        start = group.durable.offset + which * (group.durable.length // 3)
-        for view in (self.volume, self.volume_on_disk):
+        start = starts[which]
+        for view in views:
             view[start : start + SECTOR] = bytes(reversed(range(256))) * 2
         self.report.rotten += 1
 
@@ -453,6 +481,8 @@ class _Life:
             raise Violation(f"no death can bring a group in doubt: {line}")
         if "no map has it" in line and self.world.frozen is None:
             raise Violation(f"a verification has found what is not there: {line}")
+        if "in both copies" in line:
+            raise Violation(f"never are both copies of a sector damaged: {line}")
         self.d.observe()
 
     async def _open(
@@ -581,10 +611,12 @@ _COMMANDS = (
 def random_plan(seed: int) -> Plan:
     """A plan of its own for each seed: one in four without faults, the others with faults of disks,
     of flushes and the volume, or of everything, with rot. Most have many short lives, some have few
-    long ones."""
+    long ones. Every second hundred has durable maps of several sectors."""
     plain = Plan(seed, groups=1 + seed // 4 % 2, clones=1 + seed // 8 % 3)
     if seed // 24 % 4:
         plain = replace(plain, lives=5, points_a_life=500, requests=12, commands=10)
+    if seed // 100 % 2:
+        plain = replace(plain, extents_per_sector=2)
     match seed % 4:
         case 0:
             return plain

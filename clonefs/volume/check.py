@@ -39,7 +39,6 @@ from clonefs.volume.durable import (
 )
 from clonefs.volume.layout import (
     DURABLE_SECTOR,
-    EXTENTS_PER_DURABLE_SECTOR,
     PAGE,
     DamagedError,
     Superblock,
@@ -305,10 +304,10 @@ class _Group:
         self._extents = Geometry(group.size, group.extent_size).extents
         self._restoring = next((c for c in group.clones if c.state is CloneState.RESTORING), None)
         self._starts = starts_of_maps(group.durable)
-        self._count = -(-self._extents // EXTENTS_PER_DURABLE_SECTOR)
         self._delta, self._protected = load_durable_maps(
             reader(medium), self._uuid, group, self._extents
         )
+        self._count = self._delta.sectors
 
     def examine(self) -> Iterator[Finding]:
         beyond = tuple(self._beyond_the_end())
@@ -356,14 +355,21 @@ class _Group:
         protected = self._live(self._group.protected)
         if self._group.void:  # the next mount empties it
             protected.setall(0)
-        if self._restoring is None:
-            if protected.any():
-                yield self._left_protected(protected)
-        else:
+        if self._restoring is not None:
             yield from self._restore(self._restoring, protected)
+        elif protected.any() and not self._is_about_to_be_split():
+            yield self._left_protected(protected)
         for clone in self._group.clones:
             if clone.state is CloneState.SYNCHRONIZED:
                 yield from self._equal(clone)
+
+    def _is_about_to_be_split(self) -> bool:
+        """Whether a clone in a Reverse Sync could not be flushed. At its end the Protected Restore Map
+        is filled, to become the clone's Delta Map with the record; the next mount does that again."""
+        return any(
+            clone.state is CloneState.REVERSE_SYNCHRONIZING and clone.split_by is not None
+            for clone in self._group.clones
+        )
 
     def _equal(self, clone: CloneRecord) -> Iterator[Finding]:
         count = self._live(clone.delta).count()
@@ -442,7 +448,7 @@ class _Group:
         start = self._starts[0]
         held = sectors_of(self._medium, self._uuid, PERSISTENT_DELTA_MAP, 0, start, self._count)
         for number, sector in enumerate(held):
-            first, stop = self._range(number)
+            first, stop = self._delta.range_of(number)
             if isinstance(sector, Sector) and missing[first:stop].any():
                 bits = self._delta.bits[first:stop] | missing[first:stop]
                 yield self._delta_write(number, sector.generation + 1, bits)
@@ -452,12 +458,8 @@ class _Group:
         data = pack_sector(place, Sector(generation, 0, bits.tobytes()))
         return self._starts[0] + number * DURABLE_SECTOR, data
 
-    def _range(self, number: int) -> tuple[int, int]:
-        first = number * EXTENTS_PER_DURABLE_SECTOR
-        return first, min(first + EXTENTS_PER_DURABLE_SECTOR, self._extents)
-
     def _all_ones(self, number: int) -> bitarray:
-        first, stop = self._range(number)
+        first, stop = self._delta.range_of(number)
         bits = bitarray(stop - first, endian="little")
         bits.setall(1)
         return bits

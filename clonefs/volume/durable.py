@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 from bitarray import bitarray
 
@@ -31,7 +32,6 @@ PERSISTENT_DELTA_MAP = 1
 PERSISTENT_PROTECTED_RESTORE_MAP = 2
 
 _HEADER = struct.Struct("<IBBHQII8s")
-_BITS = EXTENTS_PER_DURABLE_SECTOR
 _LARGE = 1 << 20  # extents
 SECTORS_AT_ONCE = 1024  # that are packed in one step: about ten milliseconds
 _NEVER_WRITTEN = bytes(DURABLE_SECTOR)
@@ -143,7 +143,12 @@ class DurableMap:
     `damaged` are the sectors of which no copy could be read, `single` those of which only one could;
     `newest_epoch` is the highest number that was found: one above the record's means that the record
     which began that restore is lost.
+
+    `extents_per_sector` is what the format says; the simulator has so few extents that it puts fewer
+    into a sector, to have several.
     """
+
+    extents_per_sector: ClassVar[int] = EXTENTS_PER_DURABLE_SECTOR
 
     def __init__(
         self, kind: int, uuid: bytes, offsets: tuple[int, ...], extents: int, epoch: int
@@ -151,7 +156,7 @@ class DurableMap:
         self.kind = kind
         self.extents = extents
         self.epoch = epoch
-        self.sectors = -(-extents // _BITS)
+        self.sectors = -(-extents // self.extents_per_sector)
         self.bits = _zeros(extents)
         self.unwritten: set[int] = set()
         self.writing: set[int] = set()
@@ -200,7 +205,7 @@ class DurableMap:
         return True
 
     def _fill(self, sector: int, payload: bytes) -> None:
-        start, stop = self._range(sector)
+        start, stop = self.range_of(sector)
         bits = bitarray(endian="little")
         bits.frombytes(payload)
         self.bits[start:stop] = bits[: stop - start]
@@ -209,7 +214,7 @@ class DurableMap:
         found = [self._unpack(sector, number, copy) for number, copy in enumerate(copies)]
         sound = [each for each in found if each is not None]
         if not sound:
-            start, stop = self._range(sector)
+            start, stop = self.range_of(sector)
             self.damaged.append(sector)
             self.bits[start:stop] = damaged_as
             if damaged_as:
@@ -232,12 +237,14 @@ class DurableMap:
             return None
 
     def _pack(self, sector: int, copy: int) -> bytes:
-        start, stop = self._range(sector)
+        start, stop = self.range_of(sector)
         held = Sector(self._generations[sector], self.epoch, self.bits[start:stop].tobytes())
         return pack_sector(Place(self.kind, self._uuid, copy, sector), held)
 
-    def _range(self, sector: int) -> tuple[int, int]:
-        return sector * _BITS, min((sector + 1) * _BITS, self.extents)
+    def range_of(self, sector: int) -> tuple[int, int]:
+        """The extents of a sector, as (first, stop)."""
+        first = sector * self.extents_per_sector
+        return first, min(first + self.extents_per_sector, self.extents)
 
     def covers(self, first: int, stop: int) -> bool:
         """Whether all of [first, stop) is set, on stable storage."""
@@ -245,9 +252,10 @@ class DurableMap:
             return False
         if not self._new and not self._under_way:
             return True
+        per_sector = self.extents_per_sector
         return all(
             start >= stop or end <= first
-            for sector in range(first // _BITS, (stop - 1) // _BITS + 1)
+            for sector in range(first // per_sector, (stop - 1) // per_sector + 1)
             for runs in (self._new, self._under_way)
             for start, end in runs.get(sector, ())
         )
@@ -256,8 +264,8 @@ class DurableMap:
         """Set [first, stop), to be written."""
         at = self.bits.find(0, first, stop)
         while at >= 0:
-            sector = at // _BITS
-            end = min(stop, self._range(sector)[1])
+            sector = at // self.extents_per_sector
+            end = min(stop, self.range_of(sector)[1])
             self.bits[at:end] = 1
             self.unwritten.add(sector)
             self._new.setdefault(sector, []).append((at, end))
@@ -266,7 +274,7 @@ class DurableMap:
     def _distrust(self, sector: int) -> None:
         """What the sector has on stable storage is not known: it has to be written."""
         self.unwritten.add(sector)
-        self._new[sector] = [self._range(sector)]
+        self._new[sector] = [self.range_of(sector)]
 
     def clear(self, bits: bitarray, start: int) -> None:
         """Clear what is set in `bits`, which begin at extent `start`, to be written."""
@@ -274,8 +282,9 @@ class DurableMap:
         common = self.bits[start:stop] & bits
         if not common.any():
             return
-        for sector in range(start // _BITS, (stop - 1) // _BITS + 1):
-            low, high = self._range(sector)
+        per_sector = self.extents_per_sector
+        for sector in range(start // per_sector, (stop - 1) // per_sector + 1):
+            low, high = self.range_of(sector)
             if common[max(low, start) - start : min(high, stop) - start].any():
                 self.unwritten.add(sector)
         self.bits[start:stop] &= ~bits
