@@ -160,8 +160,7 @@ class Machine:
     def close(self) -> None:
         """Put everything away."""
         # A loop device keeps its mount alive, and has no path any more once that is taken away.
-        for device in Loop.all_below(self.work):
-            device.detach()
+        Loop.take_away(Loop.all_below(self.work))
         for mountpoint in self._mountpoints():
             self.result("umount", "--lazy", "--internal-only", mountpoint)
         self.holder.communicate(timeout=DEADLINE_S)

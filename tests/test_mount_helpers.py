@@ -508,7 +508,7 @@ def test_a_device_of_somebody_else_is_not_detached(mounted: Machine) -> None:
     other = Loop(Path(mounted.run("losetup", "--find", "--show", image).strip()))
     said = mounted.refusal(LOOP, "detach", other.path, status=1)
     assert said == (
-        f"clonefs-loop: {other.path} is attached to {image}, which is no LU of a clonefs mount: "
+        f"clonefs-loop: {other.path} is attached to {image}, in no mount of clonefs that is there: "
         f"if it has to go, losetup --detach {other.path}"
     )
 
@@ -584,6 +584,39 @@ def test_a_device_whose_daemon_has_died_can_be_detached(mounted: Machine) -> Non
     assert device.path != dead.path
     mounted.run(LOOP, "detach", source)
     assert (device.is_attached(), dead.is_attached()) == (False, False)
+
+
+@pytest.mark.parametrize("by", ["device", "LU"])
+def test_a_device_that_was_attached_by_hand_can_be_detached_when_the_daemon_has_died(
+    mounted: Machine, by: str
+) -> None:
+    source = mounted.add_group()
+    dead = Loop(Path(mounted.run("losetup", "--find", "--show", source).strip()))
+    [daemon] = mounted.daemons()
+    os.kill(daemon, signal.SIGKILL)
+    wait_for(lambda: not mounted.daemons(), "for the daemon to end")
+    assert mounted.run(LOOP, "list") == f"{dead.path} rw {source}\n"
+    mounted.run(LOOP, "detach", dead.path if by == "device" else source)
+    assert not dead.is_attached()
+
+
+def test_a_daemon_that_hangs_holds_up_only_what_is_its_own(mounted: Machine) -> None:
+    source = mounted.add_group()
+    device = Loop(Path(mounted.run(LOOP, "attach", source).strip()))
+    image = mounted.work / "other.img"
+    image.write_bytes(bytes(1 * MiB))
+    other = Loop(Path(mounted.run("losetup", "--find", "--show", image).strip()))
+    [daemon] = mounted.daemons()
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        assert mounted.run(LOOP, "list") == f"{device.path} rw {source}\n"
+        mounted.refusal(LOOP, "detach", other.path, status=1)
+        # One that is refused does not keep the others.
+        mounted.refusal(LOOP, "detach", other.path, device.path, status=1)
+        assert not device.is_attached()
+    finally:
+        os.kill(daemon, signal.SIGCONT)
+    other.detach()
 
 
 def test_what_is_no_lu_is_refused(mounted: Machine) -> None:

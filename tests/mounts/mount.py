@@ -625,6 +625,13 @@ class Loop:
             run("losetup", "--detach", self.path)
             wait_for(lambda: not self.is_attached(), f"for {self.path} to be free")
 
+    @classmethod
+    def take_away(cls, loops: "list[Loop]") -> None:
+        """Let go of all that are still attached: at once, or when what uses them does."""
+        for loop in loops:
+            if loop.is_attached():
+                subprocess.run(["losetup", "--detach", loop.path], check=False)
+
     def forget_pages(self) -> None:
         """Make the kernel forget what it has cached of the device."""
         run("blockdev", "--flushbufs", self.path)

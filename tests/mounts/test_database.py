@@ -136,8 +136,7 @@ class Database:
         for _ in range(2):  # the file system, the loop device, and then what that is on
             for place in mounts_below(self.directory):
                 subprocess.run(["umount", place], check=False)
-            for loop in Loop.all_below(self.directory):
-                loop.detach()
+            Loop.take_away(Loop.all_below(self.directory))
         run("rm", "-r", "--one-file-system", self.directory)
 
 

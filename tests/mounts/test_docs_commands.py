@@ -151,8 +151,8 @@ def put_away(work: Path) -> list[str]:
         # A page may have failed while a file system was frozen, and not every kernel lets go of it then.
         subprocess.run(["fsfreeze", "--unfreeze", place], check=False, capture_output=True)
         run("umount", "--lazy", place)
-    for loop in loops:
-        loop.detach()
+    Loop.take_away(loops)
+    wait_for(lambda: not Loop.all_below(work), "for the loop devices of the page to be free")
     wait_for(lambda: not daemons_below(work), "for the daemons of the page to end")
     return [str(each) for each in (*mounts, *(loop.path for loop in loops))]
 
