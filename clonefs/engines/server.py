@@ -200,8 +200,9 @@ class GroupServer:
 
     async def _remember_failure(self, name: str | None) -> None:
         """The next daemon has to know that a flush has failed: nobody tells it."""
-        unit = self.source if name is None else self.units[name]
-        if isinstance(unit, MissingUnit) or name in transitions.unflushed(self.group.record):
+        if name in transitions.unflushed(self.group.record):
+            return
+        if isinstance(self.source if name is None else self.units.get(name), MissingUnit):
             return
         with contextlib.suppress(ClonefsError):  # then nothing is written any more at all
             await self.change(lambda record: transitions.flush_failed(record, name))
@@ -238,11 +239,14 @@ class GroupServer:
 
     async def flush_clone(self, name: str) -> None:
         """Flush a clone; the same. In a Reverse Sync the record says so instead (D10)."""
+        unit = self.units[name]
         try:
             with self.counters.lu(name).backing_flush.timed():
-                await self.units[name].flush()
+                await unit.flush()
         except ClonefsError as error:
-            self._flush_failed(self.units[name], error)
+            if self.units.get(name) is not unit:  # it has been removed meanwhile
+                raise
+            self._flush_failed(unit, error)
             if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
                 await self._fail_reverse_sync(name, error)
                 await self._remember_failure(name)

@@ -512,7 +512,8 @@ class StorageSystem:
             if server.group.clones:
                 raise busy(f"group {name!r} has clones: remove them first")
             async with server.commands, server.held():
-                await self._flush(server.source)
+                if not isinstance(server.source, MissingUnit):
+                    await server.flush_source()
                 # From the last look on nobody can open it any more.
                 if in_use():
                     raise busy(f"the Source of {name!r} is open: close it first")
@@ -572,10 +573,11 @@ class StorageSystem:
         async with self._configuration, server.commands:
             self._check(server, Command.REMOVE, name)
             unit = server.units[name]
-            await self._flush_to_remove(server, name)
+            is_a_copy = server.group.clones[name].state is not CloneState.OUT_OF_SYNC
+            await self._flush_to_remove(server, name, must=is_a_copy)
             async with server.held():
                 self._check(server, Command.REMOVE, name)
-                await self._flush_to_remove(server, name)
+                await self._flush_to_remove(server, name, must=is_a_copy)
                 if in_use():
                     raise busy(f"{group}/{name} is open: close it first")
                 lu = self.clones.pop((group, name))
@@ -593,21 +595,20 @@ class StorageSystem:
             async with server.flushing:
                 unit.close()
 
-    async def _flush_to_remove(self, server: GroupServer, name: str) -> None:
-        """A clone that is no copy anyway may be forgotten though its device fails."""
+    async def _flush_to_remove(self, server: GroupServer, name: str, *, must: bool) -> None:
+        """Flush a clone, which `must` succeed unless it is no copy anyway: that may be forgotten though
+        its device fails."""
+        if isinstance(server.units[name], MissingUnit):
+            return
         try:
-            await self._flush(server.units[name])
+            await server.flush_clone(name)
         except ClonefsError:
-            if server.group.clones[name].state is not CloneState.OUT_OF_SYNC:
+            if must:
                 raise
 
     def _check(self, server: GroupServer, command: Command, name: str) -> CloneState:
         record = server.group.record
         return transitions.next_state(command, record, transitions.clone_named(record, name))
-
-    async def _flush(self, unit: LogicalUnit) -> None:
-        if not isinstance(unit, MissingUnit):
-            await unit.flush()
 
     async def set_full_copies(self, group: str, full_copies: bool) -> None:
         """Whether what is copied from now on has blocks of its own in any case."""
@@ -890,7 +891,8 @@ class StorageSystem:
     async def _complete_reverse_sync(self, server: GroupServer, name: str) -> None:
         """The Source is flushed before the record says that it is what the others are copied from;
         and the clone, for it keeps what hosts have flushed when the Source gets it. A clone that
-        cannot be flushed ends as out of sync, and all of it may differ."""
+        cannot be flushed ends as out of sync, and all of it may differ. A flush that fails while
+        that is written marks what becomes the Protected Restore Map (D10), and every clone."""
         await server.flush_source()
         async with server.held():
             await self._copy_hot_extents(server, name)
@@ -908,9 +910,8 @@ class StorageSystem:
                 await server.change(
                     lambda record: transitions.complete_reverse_sync(record, name, now=now)
                 )
-            except BaseException:
+            finally:
                 server.group.drop_protected()
-                raise
 
     async def _complete_sync(self, server: GroupServer, name: str) -> None:
         if server.group.clones[name].record.then_fracture:
@@ -942,7 +943,6 @@ class StorageSystem:
             clone not in group.mirrored  # it may have failed while the group was drained
             or group.restoring not in (None, clone)
             or clone.delta.count > HOT_EXTENTS
-            or server.source.name in server.unflushed  # D10; that has filled the map
         ):
             return
         origin, target = server.source, server.unit(clone)
@@ -951,6 +951,8 @@ class StorageSystem:
             origin, target = target, origin
             claim_one = functools.partial(group.claim_restore, 0, lambda at: 1)
         for _ in range(clone.delta.count):
+            if server.source.name in server.unflushed:  # D10; also since the last one
+                return
             claim = claim_one()
             if claim is None:
                 return

@@ -203,6 +203,10 @@ class Ledger:
     ) -> None:
         offset, length = group.geometry.bytes_of(extent, extent + 1)
         for name, clone in group.clones.items():
+            # A Reverse Sync whose clone could not be flushed goes on for the Source's sake. At its end
+            # all of the clone counts as different.
+            if clone.state is S.REVERSE_SYNCHRONIZING and clone.record.split_by is not None:
+                continue
             marked = clone.delta[extent] or (clone is group.restoring and group.protected[extent])
             excused = unknown[name] | unknown[SOURCE]
             if not marked and any(

@@ -209,7 +209,7 @@ async def checkpoints(d: Driver) -> None:
 
 
 async def configuration(d: Driver) -> None:
-    """Clones and groups come and go while hosts write."""
+    """D10: clones and groups come and go while hosts write, and with what is not flushed yet."""
     await _synchronized(d, G, A)
     await d.fracture((G, A))
     async with trio.open_nursery() as nursery:
@@ -219,7 +219,11 @@ async def configuration(d: Driver) -> None:
     await d.add_clone(G, A)
     await d.write(G, SOURCE, 2, 2)
     await _synchronized(d, G, A)
+    await _synchronized(d, H, A)
+    await d.fracture((H, A))
+    await d.write(H, A, 2, 2)
     await d.remove_clone(H, A)
+    await d.write(H, SOURCE, 0, 2)
     await d.remove_group(H)
     await d.add_group(H)
     await d.add_clone(H, A)

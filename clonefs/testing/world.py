@@ -422,12 +422,16 @@ class SimulatedMedium:
         self._look()
         world = self._world
         fails = world.begins("write", VOLUME)
-        middle = world.random.randrange(0, len(data), SECTOR) if len(data) > SECTOR else 0
-        for start, stop in ((0, middle), (middle, len(data))):
-            self.view[offset + start : offset + stop] = data[start:stop]
+        sectors = range(0, len(data), SECTOR)
+        early = {each for each in sectors if len(sectors) > 1 and world.random.random() < 0.5}
+        for part in (early, set(sectors) - early):
             # The page cache has what could not be written, and so may the disk.
-            if not fails or world.random.random() < 0.5:
-                world.volume_on_disk[offset + start : offset + stop] = data[start:stop]
+            on_disk = not fails or world.random.random() < 0.5
+            for start in sorted(part):
+                at, sector = offset + start, data[start : start + SECTOR]
+                self.view[at : at + len(sector)] = sector
+                if on_disk:
+                    world.volume_on_disk[at : at + len(sector)] = sector
             world.point()
         if fails:
             world.volume_failed = True

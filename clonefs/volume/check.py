@@ -357,19 +357,11 @@ class _Group:
             protected.setall(0)
         if self._restoring is not None:
             yield from self._restore(self._restoring, protected)
-        elif protected.any() and not self._is_about_to_be_split():
+        elif protected.any():
             yield self._left_protected(protected)
         for clone in self._group.clones:
             if clone.state is CloneState.SYNCHRONIZED:
                 yield from self._equal(clone)
-
-    def _is_about_to_be_split(self) -> bool:
-        """Whether a clone in a Reverse Sync could not be flushed. At its end the Protected Restore Map
-        is filled, to become the clone's Delta Map with the record; the next mount does that again."""
-        return any(
-            clone.state is CloneState.REVERSE_SYNCHRONIZING and clone.split_by is not None
-            for clone in self._group.clones
-        )
 
     def _equal(self, clone: CloneRecord) -> Iterator[Finding]:
         count = self._live(clone.delta).count()
@@ -383,13 +375,18 @@ class _Group:
             yield make(Fault.NOT_EQUAL, f"{self._group.name}/{clone.name}", text)
 
     def _left_protected(self, protected: bitarray) -> Finding:
-        return _wrong(
-            Fault.LEFT_PROTECTED,
-            self._group.name,
-            f"the Protected Restore Map has {_extents(protected.count())} and no restore is running: "
-            f"a change of state may have been lost, and differences with it "
-            f"({shortened(listed(protected))})",
+        found = (
+            f"the Protected Restore Map has {_extents(protected.count())} and no restore is running "
+            f"({shortened(listed(protected))})"
         )
+        if self._clean:
+            text = "a change of state may have been lost, and differences with it"
+            return _wrong(Fault.LEFT_PROTECTED, self._group.name, f"{found}: {text}")
+        text = (
+            "as a daemon that died in a change of state leaves it; the next mount counts them as "
+            "differences of every clone, if they are not those of a Reverse Sync"
+        )
+        return _note(Fault.LEFT_PROTECTED, self._group.name, f"{found}, {text}")
 
     def _restore(self, restoring: CloneRecord, protected: bitarray) -> Iterator[Finding]:
         pending = self._live(restoring.delta) & ~protected

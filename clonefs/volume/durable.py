@@ -299,9 +299,11 @@ class DurableMap:
         self.mend()
 
     def mend(self) -> None:
-        """What is in memory is right for the sectors that are damaged too: let them be written."""
-        self.unwritten.update(self.damaged)
+        """What is in memory is right for the sectors that are damaged, in all copies or in one, too:
+        let them be written."""
+        self.unwritten.update(self.damaged, self.single)
         self.damaged.clear()
+        self.single.clear()
 
     def rest(self) -> None:
         """If nothing is set, it takes no memory from now on."""

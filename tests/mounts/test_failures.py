@@ -494,6 +494,45 @@ def test_a_flush_of_a_mirrored_clone_that_failed_splits_it_off(
     assert_same(clone.backing.read_bytes(), group.backing.read_bytes(), "the clone")
 
 
+@pytest.mark.parametrize("state", ["fractured", "synchronized"])
+def test_a_flush_that_failed_as_a_clone_was_to_be_removed(
+    mount: Mount, device: FaultyDevice, state: str
+) -> None:
+    """What it has lost is known from then on, as after any other flush. It is removed only when
+    somebody who has been told says so again, and it is no copy by then."""
+    mount.expect_in_log("flushing|clonefs: |is split off")
+    group = group_on(mount, device.path)
+    clone = group.add_fractured() if state == "fractured" else group.add_clone("nightly")
+    write(clone.path if state == "fractured" else group.source, 0, b"by a host")
+    device.fail(clone.backing, "fsync", times=1)
+    fails(errno.EIO, lambda: group.control("remove_clone").write("nightly"))
+    assert clone.delta() == set(range(EXTENTS))
+    if state == "fractured":
+        check_seen(clone, "fractured", "faulted", str(clone.backing), "flushing", "mount again")
+        umount_with_a_failure(mount)
+        mount.start()
+        assert clone.delta() == set(range(EXTENTS))
+    else:
+        check_seen(clone, *SPLIT, str(clone.backing), "flushing", "Input/output error")
+        group.control("remove_clone").write("nightly")
+        assert not group.status()["clones"]
+
+
+def test_a_flush_that_failed_as_a_group_was_to_be_removed(
+    mount: Mount, device: FaultyDevice
+) -> None:
+    mount.expect_in_log("flushing|clonefs: ")
+    group = group_on(mount, device.path)
+    write(group.source, 0, b"by a host")
+    device.fail(group.backing, "fsync", times=1)
+    remove = mount.mountpoint / "control/remove_group"
+    fails(errno.EIO, lambda: remove.write_text(group.name))
+    check_seen(group, "faulted", "", str(group.backing), "flushing", "mount again")
+    umount_with_a_failure(mount)
+    mount.start()
+    check_event(mount, "recovery", f"{group.name}/source: a flush of it had failed")
+
+
 def test_a_flush_of_a_fractured_clone_that_failed(mount: Mount, device: FaultyDevice) -> None:
     mount.expect_in_log("flushing|clonefs: ")
     group = group_on(mount, device.path)
