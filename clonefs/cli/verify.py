@@ -43,8 +43,8 @@ def verify(clone: Path, rate: str | None, as_json: bool) -> None:
       clonefs verify --rate 64M /mnt/payroll/nightly
     """
     place = tree.clone_at(clone)
-    tree.command(place, "verify", rate or "1")
     try:
+        tree.command(place, "verify", rate or "1")
         outcome = _wait(place)
     except KeyboardInterrupt:
         tree.command(place, "verify", "stop")
