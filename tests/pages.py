@@ -17,7 +17,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 SHOWN_AT = "/srv"  # where pages say that they were run
 _FENCE = re.compile(r" *```(.*)")
 _VARYING = (
-    (r"\bdiffer: byte \d+", "differ: byte N"),  # of random data, the first one in 256 is equal
+    # Of random data, the first one in 256 is equal.
+    (r"\bdiffer: byte \d+, line \d+", "differ: byte N, line N"),
     (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "TIME"),
     (r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID"),
     (r"/dev/loop\d+", "/dev/loopN"),

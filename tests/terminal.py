@@ -23,8 +23,12 @@ CLONEFS = (sys.executable, "-m", "clonefs")
 class Terminal:
     """A command that runs on a pseudo-terminal, which is its controlling one: Ctrl-C reaches it."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", master: int) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", master: int, before: list[object]
+    ) -> None:
         self.process = process
+        self.before = before
+        """How it treated keys before the command ran."""
         self.drawn = ""
         self._master = master
 
@@ -91,6 +95,7 @@ def on_terminal(
     """`clonefs` with these arguments on a terminal; ended with the block, if it has not."""
     master, slave = pty.openpty()
     set_size(master, columns, lines)
+    before = list(termios.tcgetattr(master))
     kept = {
         k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "TERM")
     }
@@ -101,7 +106,7 @@ def on_terminal(
         stderr=slave,
         env=kept | {"TERM": "xterm-256color", "PYTHONUTF8": "1"} | (environment or {}),
     )
-    terminal = Terminal(process, master)
+    terminal = Terminal(process, master, before)
     try:
         yield terminal
     finally:

@@ -29,6 +29,7 @@ def mnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tree that the kernel knows as the only mount."""
     root = make_mount(tmp_path / "mnt")
     monkeypatch.setattr(kernel, "clonefs_mountpoints", lambda: [root])
+    monkeypatch.setattr(tree_paths, "_LONGEST_S", 60.0)  # only one test is about a mount that hangs
     monkeypatch.chdir("/usr")
     return root
 
@@ -179,8 +180,9 @@ PROGRAM = """#!{python}
 import json, os, sys
 if "_CLONEFS_COMPLETE" in os.environ or sys.argv[1] == "completion":
     from pathlib import Path
-    from clonefs.cli import kernel, main
+    from clonefs.cli import kernel, main, tree_paths
     kernel.clonefs_mountpoints = lambda: [Path({root!r})]
+    tree_paths._LONGEST_S = 60.0
     main(prog_name="clonefs")
 with open({notes!r}, "a") as notes:
     print(json.dumps(sys.argv[1:]), file=notes)

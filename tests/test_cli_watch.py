@@ -318,35 +318,32 @@ def test_of_several_mounts_one_has_to_be_named(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("key", "status"), [("q", 0), ("Q", 0), ("\x03", 0)])
 def test_keys_end_it_and_the_terminal_is_as_it_was(mnt: Path, key: str, status: int) -> None:
     with on_terminal("status", "--watch", mnt) as terminal:
-        before = terminal.settings()
         terminal.wait_for("q ends this")
         assert "500/1000" in terminal.text
-        assert terminal.settings() != before
+        assert terminal.settings() != terminal.before
         terminal.press("x")
         terminal.press(key)
         assert terminal.end() == status
-        assert terminal.settings() == before
+        assert terminal.settings() == terminal.before
         assert terminal.drawn.rindex("\x1b[?1049l") > terminal.drawn.rindex("\x1b[?1049h")
         assert terminal.drawn.rindex("\x1b[?25h") > terminal.drawn.rindex("\x1b[?25l")
 
 
 def test_sigterm_leaves_the_terminal_as_it_was_too(mnt: Path) -> None:
     with on_terminal("status", "--watch", mnt) as terminal:
-        before = terminal.settings()
         terminal.wait_for("q ends this")
         terminal.process.send_signal(signal.SIGTERM)
         assert terminal.end() == 143
-        assert terminal.settings() == before
+        assert terminal.settings() == terminal.before
         assert "Traceback" not in terminal.text
 
 
 def test_a_mount_that_goes_away_ends_it_with_one_line(mnt: Path) -> None:
     with on_terminal("status", "--watch", mnt) as terminal:
-        before = terminal.settings()
         terminal.wait_for("q ends this")
         (mnt / "control").rename(mnt / "gone")
         assert terminal.end() == 1
-        assert terminal.settings() == before
+        assert terminal.settings() == terminal.before
     said = terminal.text.strip().splitlines()[-1]
     assert said.endswith(f"clonefs: clonefs is not mounted at {mnt} any more")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import clonefs
-from tests.mounts.mount import run
+from tests.mounts.mount import DEADLINE_S, run
 from tests.test_docs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -29,7 +29,16 @@ SHIPPED = ("install", "mount.clonefs", "umount.clonefs", "clonefs-loop")
 
 def build(source: Path, into: Path, *options: str) -> Path:
     """Build what the options say, or an sdist and from that a wheel; the directory."""
-    run(sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", into, source)
+    words: tuple[str | Path, ...] = (
+        "-m",
+        "build",
+        "--no-isolation",
+        *options,
+        "--outdir",
+        into,
+        source,
+    )
+    run(sys.executable, *words, deadline_s=10 * DEADLINE_S)
     return into
 
 

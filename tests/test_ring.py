@@ -59,10 +59,15 @@ def here() -> Ring:
 
 
 def not_cached(fd: int) -> None:
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    with pytest.raises(BlockingIOError):
-        os.preadv(fd, [bytearray(PAGE)], SIZE // 2, os.RWF_NOWAIT)
+    """The look itself begins to read, and finds a page when the disk was quicker."""
+    for _ in range(20):
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(fd, [bytearray(PAGE)], SIZE // 2, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return
+    pytest.fail("what is to be forgotten stays cached")
 
 
 async def test_it_reads_what_is_cached_and_what_is_not(fd: int) -> None:

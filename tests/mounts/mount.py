@@ -38,6 +38,16 @@ KiB = 1 << 10
 MiB = 1 << 20
 EXTENT = 64 * KiB
 
+WITHOUT_CHECKPOINTS = (
+    "-c",
+    """
+from clonefs.cli import main
+from clonefs.engines import StorageSystem
+StorageSystem.__init__.__kwdefaults__["checkpoint"] = 1e9
+main()
+""",
+)
+
 # How often a daemon was killed in this run, by what it was doing.
 KILLS: Counter[str] = Counter()
 
@@ -55,14 +65,14 @@ def wait_for(look: Callable[[], T], what: str = "", *, deadline_s: float = DEADL
     return found
 
 
-def run(*command: str | Path) -> str:
+def run(*command: str | Path, deadline_s: float = DEADLINE_S) -> str:
     """Run a program that must succeed; what it prints."""
     result = subprocess.run(
         [str(word) for word in command],
         check=False,
         capture_output=True,
         text=True,
-        timeout=DEADLINE_S,
+        timeout=deadline_s,
     )
     assert result.returncode == 0, f"{command}: {result.returncode}: {result.stdout}{result.stderr}"
     return result.stdout
@@ -655,6 +665,29 @@ def attach(
     return loop
 
 
+def is_free(device: Path) -> bool:
+    """Whether a device can be had alone: the mount namespace of another test may hold for a moment
+    what was just unmounted. One that has gone is free."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        return error.errno != errno.EBUSY
+    return True
+
+
+def copied_by_reading(clone: Clone, *extents: int) -> None:
+    """Read these extents of the Source until they are copied: a read is answered before, and is not
+    always worth a copy."""
+    size = int(clone.group.control("extent_size").read())
+    for extent in extents:
+
+        def is_copied(extent: int = extent) -> bool:
+            read(clone.group.source, extent * size, 512)
+            return extent not in clone.delta()
+
+        wait_for(is_copied, f"for extent {extent} to be copied")
+
+
 def mount_disk(
     cleanup: contextlib.ExitStack, device: Path, where: Path, kind: str, options: str = "defaults"
 ) -> Callable[[], None]:
@@ -662,9 +695,15 @@ def mount_disk(
     where.mkdir(exist_ok=True)
     run("mount", "-t", kind, "-o", options, device, where)
 
+    def is_unmounted() -> bool:
+        done = subprocess.run(["umount", where], check=False, capture_output=True, text=True)
+        assert done.returncode == 0 or "busy" in done.stderr, done
+        return done.returncode == 0
+
     def unmount() -> None:
         if where in mounts_below(where):
-            run("umount", where)
+            wait_for(is_unmounted, f"for {where} to be free")  # who was there may be about to end
+            wait_for(lambda: is_free(device), f"for {device} to be free")
 
     cleanup.callback(unmount)
     return unmount

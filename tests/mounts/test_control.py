@@ -22,6 +22,7 @@ from tests.mounts.mount import (
     MiB,
     Mount,
     attach,
+    is_free,
     mount_disk,
     mounted,
     opened,
@@ -522,17 +523,6 @@ def test_a_backing_of_another_mount_is_ebusy(shared: Mount, tmp_path: Path) -> N
         other.control("add_group").write(f"mine {clone.backing}")
         with shared.refuses(errno.EBUSY, group.name):
             group.control("add_clone").write(f"nightly {clone.backing}")
-
-
-def is_free(device: Path) -> bool:
-    """Whether a device can be had alone: a mount namespace may hold what was just unmounted."""
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
-    except OSError as error:
-        if error.errno != errno.EBUSY:
-            raise
-        return False
-    return True
 
 
 def test_a_block_device_that_is_mounted_or_in_use_is_ebusy(shared: Mount, tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_killed_again_and_again_while_it_recovers(mount: Mount, rng: random.Rand
     group = mount.add_group(data=good, extent=EXTENT)
     clone = group.add_fractured()
     write(group.source, 0, noise("ruin", SIZE))
-    clone.rate("1M")
+    clone.rate("100K")
     clone.restore()
     write(group.source, 9 * EXTENT, b"acknowledged")
     expected = good[: 9 * EXTENT] + b"acknowledged" + good[9 * EXTENT + 12 :]

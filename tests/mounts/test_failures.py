@@ -21,6 +21,7 @@ from clonefs.volume import format_volume, was_closed_cleanly
 from tests.mounts.faulty import FaultyDevice
 from tests.mounts.mount import (
     EXTENT,
+    WITHOUT_CHECKPOINTS,
     Clone,
     Group,
     MiB,
@@ -561,8 +562,9 @@ def test_a_flush_of_a_fractured_clone_that_failed(mount: Mount, device: FaultyDe
 
 @pytest.fixture
 def on_device(tmp_path: Path, device: FaultyDevice) -> Iterator[Mount]:
-    """A mount whose volume is on the device that fails, and whose backings are sound."""
-    mount = Mount(tmp_path / "work")
+    """A mount whose volume is on the device that fails, and whose backings are sound. No checkpoint
+    comes in between, and meets the failure first."""
+    mount = Mount(tmp_path / "work", program=WITHOUT_CHECKPOINTS)
     mount.meta = device.path / "mapped-volume"
     format_volume(device.behind / mount.meta.name, size=4 * MiB, force=False)
     mount.start()

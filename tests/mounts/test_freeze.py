@@ -637,7 +637,7 @@ def test_held_up_in_a_freeze(
     first = Production(mount_above, cleanup)
     second = disk_in(mount_above, cleanup, device.path / "disk.img")
     after = Gate(mount_above.work, "after")
-    limit = "0.3" if ends == "limit" else "1000"
+    limit = "3" if ends == "limit" else "1000"
     words = ("--freeze", second, "--freeze-limit", limit, "--after", after.command)
     hang = device.hang(device.path / "disk.img", "write", first=SUPERBLOCK[0], stop=SUPERBLOCK[-1])
     cleanup.callback(device.mend)
@@ -653,11 +653,16 @@ def test_held_up_in_a_freeze(
     hang.mend()
     wait_for(lambda: not is_frozen(second), "for the other thaw")
     if done is not None:
-        assert f"{first.where}, {second} could not be frozen within 0.3 s" in done.refusal
+        assert f"{first.where}, {second} could not be frozen within 3 s" in done.refusal
         assert "nothing has been fractured" in done.refusal
     else:
         assert command.end().status == -signal.SIGKILL
     assert first.clone.state == "synchronized"
+
+
+def _waits_in(process: int) -> str:
+    """The function of the kernel in which a process waits: of a request to the daemon, that of FUSE."""
+    return Path(f"/proc/{process}/wchan").read_text()
 
 
 @dataclass
@@ -677,7 +682,10 @@ class HeldUp:
         frozen = ("--freeze", self.production.where, "--after", self.after.command)
         command = start(self.clone.path, *frozen, *words)
         self.hang.wait_for_a_hang()
-        assert is_frozen(self.production.where)
+        # It may be a checkpoint that hangs there, and the fracture behind it.
+        wait_for(lambda: is_frozen(self.production.where), "for the freeze")
+        writer, _ = command.beside
+        wait_for(lambda: "request" in _waits_in(writer), "for the fracture to be asked for")
         return command
 
     def wait_for_after(self, result: str) -> None:
@@ -755,17 +763,17 @@ def test_the_writer_is_killed_while_it_is_frozen(held_up: HeldUp) -> None:
 
 
 def test_the_limit_ends_it(held_up: HeldUp) -> None:
-    command = held_up.start("--freeze-limit", "0.3")
+    command = held_up.start("--freeze-limit", "3")
     held_up.wait_for_after("limit")
     refusal = command.end().refusal
     where, state = held_up.production.where, held_up.clone.control("state").path
-    assert f"{where} was frozen for longer than 0.3 s, and has been thawed" in refusal
+    assert f"{where} was frozen for longer than 3 s, and has been thawed" in refusal
     assert f"{UNDER_WAY}{state}" in refusal
     held_up.go_on()
 
 
 def test_a_fracture_after_the_limit_is_no_clean_copy(held_up: HeldUp) -> None:
-    command = held_up.start("--freeze-limit", "0.3")
+    command = held_up.start("--freeze-limit", "3")
     assert held_up.after.wait() == "limit"
     held_up.go_on()
     held_up.after.open()
@@ -777,7 +785,7 @@ def test_a_fracture_after_the_limit_is_no_clean_copy(held_up: HeldUp) -> None:
 @pytest.mark.parametrize("in_time", [True, False])
 def test_what_counts_is_when_the_fracture_was_done(held_up: HeldUp, in_time: bool) -> None:
     """Not when the command hears of it: it is stopped for a while, and the limit ends meanwhile."""
-    command = held_up.start("--freeze-limit", "5" if in_time else "0.3")
+    command = held_up.start("--freeze-limit", "5" if in_time else "3")
     writer, _ = command.beside
     command.kill(signal.SIGSTOP)
     if in_time:
@@ -810,7 +818,7 @@ def test_a_thaw_that_hangs_keeps_nobody_waiting(
     cleanup.callback(device.mend)
     stop = Superblock.unpack(volume.read_bytes()[:PAGE]).first_map_byte
     hang = device.hang(mount.meta, "write", first=PAGE, stop=stop)
-    words = ("--freeze-limit", "0.3", "--after", note(notes))
+    words = ("--freeze-limit", "3", "--after", note(notes))
     command = freeze(production, *words)
     hang.wait_for_a_hang()
     refusal = command.end().refusal

@@ -193,14 +193,13 @@ def test_a_clone_while_it_is_mirrored_and_after(
 def test_breaking_a_restore_off_shows_what_the_source_has_again(
     either: Mount, cleanup: contextlib.ExitStack
 ) -> None:
-    """What was read has been copied, and stays; nothing else of the clone is to be seen."""
+    """What was copied stays; nothing else of the clone is to be seen."""
     group, clone = ruined(either)
     look = _old_descriptor(group.source, cleanup)
     clone.restore()
     assert_same(look(10 * EXTENT, EXTENT), GOOD[10 * EXTENT : 11 * EXTENT], "read")
     clone.fracture("force")
     copied = set(range(64)) - clone.delta()
-    assert 10 in copied
     expected = b"".join(
         (GOOD if extent in copied else RUIN)[extent * EXTENT : (extent + 1) * EXTENT]
         for extent in range(64)

@@ -17,6 +17,7 @@ from tests.mounts.mount import (
     Group,
     MiB,
     Mount,
+    copied_by_reading,
     noise,
     opened,
     read,
@@ -64,7 +65,7 @@ def busy(mount: Mount) -> Group:
     clone.rate(1)
     clone.restore()
     clone.wait_for_the_one_extent()
-    read(group.source, 20 * EXTENT, 512)
+    copied_by_reading(clone, 20)
     write(group.source, 21 * EXTENT + 5, b"in part")
     read(clone.path, 0, 512)
     with opened(group.source, os.O_RDWR) as fd:
@@ -99,18 +100,18 @@ def test_what_was_done_is_counted(mount: Mount, busy: Group) -> None:
         op: value(mount, "clonefs_host_requests_total", op=op, **source)
         for op in ("read", "write", "flush")
     }
-    assert requests["read"] == 1
+    assert requests["read"] >= 1
     assert requests["write"] >= 2
     assert requests["flush"] == 1
     for op, count in requests.items():
         assert value(mount, "clonefs_host_request_seconds_count", op=op, **source) == count
         assert value(mount, "clonefs_host_request_seconds_sum", op=op, **source) > 0
         assert value(mount, "clonefs_host_errors_total", op=op, **source) == 0
-    assert value(mount, "clonefs_host_bytes_total", op="read", **source) == 512
+    assert value(mount, "clonefs_host_bytes_total", op="read", **source) == 512 * requests["read"]
     assert value(mount, "clonefs_host_bytes_total", op="write", **source) == 2 * MiB + 7
     assert host_io(mount, busy) == {
-        "reads": 1,
-        "read_bytes": 512,
+        "reads": requests["read"],
+        "read_bytes": 512 * requests["read"],
         "writes": requests["write"],
         "written_bytes": 2 * MiB + 7,
     }

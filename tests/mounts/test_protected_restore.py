@@ -25,6 +25,7 @@ from tests.mounts.mount import (
     Mount,
     assert_same,
     attach,
+    copied_by_reading,
     differing,
     digest,
     mounted,
@@ -77,6 +78,7 @@ def test_the_next_read_shows_the_clone(shared: Mount) -> None:
         assert group.restore_status()["pending"] >= 60
         assert_same(os.pread(old, SIZE, 0), GOOD, "through an old descriptor")
     assert_same(group.source.read_bytes(), GOOD, "through a new one")
+    copied_by_reading(clone, *range(64))
     clone.wait("fractured")  # nothing is left to copy, so no rate can hold it up
     assert_same(group.source.read_bytes(), GOOD, "at the end")
     assert_same(group.backing.read_bytes(), GOOD, "the Source's backing")
@@ -236,7 +238,11 @@ def test_several_processes_write_and_read_during_a_restore(
     clone.restore()
     for host in hosts:
         host.go()
-    wait_for(lambda: group.restore_status()["pending"] < 150, "for most of it")
+    # It may be over before we look.
+    wait_for(
+        lambda: (restore := group.status()["restore"]) is None or restore["pending"] < 150,
+        "for most of it",
+    )
     to_the_end(clone)
     data = b"".join(host.end() for host in hosts)
     assert_same(group.source.read_bytes(), data, "the Source")
@@ -260,7 +266,7 @@ def test_the_counts_add_up(shared: Mount) -> None:
         "cod_copies": 0,
         "cod_queue": 0,
     }
-    read(group.source, 10 * EXTENT, 5 * EXTENT)
+    copied_by_reading(clone, *range(10, 15))
     write(group.source, 20 * EXTENT - 1, b"xx")
     write(group.source, 30 * EXTENT, RUIN[: 2 * EXTENT])
     status = group.restore_status()
@@ -341,6 +347,7 @@ def test_breaking_off_leaves_the_source_part_old_part_clone_and_restoring_again_
     slowly(clone)
     clone.wait_for_the_one_extent()
     assert_same(read(group.source, 10 * EXTENT, 2 * EXTENT), GOOD[10 * EXTENT : 12 * EXTENT])
+    copied_by_reading(clone, 10, 11)
     write(group.source, 20 * EXTENT + 5, b"by a host")
     with shared.refuses(errno.EBUSY, f"{group.name}/nightly", "restoring", "force"):
         clone.fracture()

@@ -25,6 +25,7 @@ from tests.mounts.mount import (
     Mount,
     assert_same,
     attach,
+    copied_by_reading,
     digest,
     noise,
     read,
@@ -135,7 +136,7 @@ def killed_in_a_restore(mount: Mount) -> tuple[Group, Clone]:
     clone.rate(1)
     clone.restore()
     clone.wait_for_the_one_extent()
-    read(group.source, 3 * EXTENT, 1)
+    copied_by_reading(clone, 3)
     write(group.source, 5 * EXTENT, NEW[:EXTENT])
     write(group.source, 7 * EXTENT + 512, NEW[:512])
     mount.kill()

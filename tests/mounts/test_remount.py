@@ -19,6 +19,7 @@ from tests.mounts.mount import (
     MiB,
     Mount,
     assert_same,
+    copied_by_reading,
     digest,
     noise,
     opened,
@@ -106,7 +107,7 @@ def test_a_restore_goes_on_and_keeps_what_hosts_wrote(
     clone.restore()
     write(group.source, 10 * EXTENT - 2, b"across")
     write(group.source, 30 * EXTENT, RUIN[:EXTENT])
-    read(group.source, 50 * EXTENT, EXTENT)
+    copied_by_reading(clone, 50)
     expected = bytearray(GOOD)
     expected[10 * EXTENT - 2 : 10 * EXTENT + 4] = b"across"
     expected[30 * EXTENT : 31 * EXTENT] = RUIN[:EXTENT]
