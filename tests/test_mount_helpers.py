@@ -486,7 +486,7 @@ def test_a_loop_device_over_a_source(mounted: Machine) -> None:
 
 
 def test_a_path_with_blanks_is_listed_as_it_is(machine: Machine) -> None:
-    machine.mountpoint = machine.work / "two  blanks \\ "
+    machine.mountpoint = machine.work / "two  blanks \\ 2"
     machine.mountpoint.mkdir()
     machine.run("mount", "-t", "clonefs", machine.meta, machine.mountpoint)
     source = machine.add_group()
@@ -604,6 +604,16 @@ def test_a_device_that_was_attached_by_hand_can_be_detached_when_the_daemon_has_
     assert mounted.run(LOOP, "list") == f"{dead.path} rw {source}\n"
     mounted.run(LOOP, "detach", dead.path if by == "device" else source)
     assert not dead.is_attached()
+
+
+def test_a_device_that_is_held_open_is_not_forgotten(mounted: Machine) -> None:
+    source = mounted.add_group()
+    device = Loop(Path(mounted.run(LOOP, "attach", source).strip()))
+    with device.path.open("rb"):
+        said = mounted.refusal(LOOP, "detach", source, status=1)
+        assert said.startswith(f"clonefs-loop: {device.path} is still open somewhere")
+        assert mounted.path(f"/run/clonefs-loop/{device.path.name}").exists()
+    wait_for(lambda: not device.is_attached(), "for the device to go")
 
 
 def test_a_daemon_that_hangs_holds_up_only_what_is_its_own(mounted: Machine) -> None:

@@ -247,7 +247,8 @@ class GroupServer:
             if self.units.get(name) is not unit:  # it has been removed meanwhile
                 raise
             self._flush_failed(unit, error)
-            if self.group.restoring is self.group.clones.get(name) and not self.group.protecting:
+            clone = self.group.clones.get(name)
+            if clone is not None and clone is self.group.restoring and not self.group.protecting:
                 await self._fail_reverse_sync(name, error)
                 await self._remember_failure(name)
                 raise

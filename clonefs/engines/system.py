@@ -511,7 +511,8 @@ class StorageSystem:
             server = self.server(name)
             if server.group.clones:
                 raise busy(f"group {name!r} has clones: remove them first")
-            async with server.commands, server.held():
+            # A checkpoint whose flush failed would put its group into the record again.
+            async with server.commands, server.flushing, server.held():
                 if not isinstance(server.source, MissingUnit):
                     await server.flush_source()
                 # From the last look on nobody can open it any more.
@@ -575,7 +576,7 @@ class StorageSystem:
             unit = server.units[name]
             is_a_copy = server.group.clones[name].state is not CloneState.OUT_OF_SYNC
             await self._flush_to_remove(server, name, must=is_a_copy)
-            async with server.held():
+            async with server.flushing, server.held():
                 self._check(server, Command.REMOVE, name)
                 await self._flush_to_remove(server, name, must=is_a_copy)
                 if in_use():
